@@ -1,0 +1,207 @@
+"""``steerwell sample``, ``steerwell judge`` and ``steerwell train``: completions, evidence, models."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from steerwell.cli import show, words
+from steerwell.cli.app import app
+from steerwell.data.errors import InputError
+
+if TYPE_CHECKING:
+    from steerwell.data.types import Annotation, CompletionGroup, Prompt
+
+PER_SAVE = 256  # completions that are sampled before they are written down
+GROUPS_PER_SAVE = {"openai": 8, "rm": 64}  # groups that a judge sees before its verdicts are written down
+
+
+@app.command(
+    epilog="Example: steerwell sample runs/sft --prompts prefs.db --split train -n 4 --to prefs.db",
+)
+def sample(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="A model or run directory, or a hub name.")],
+    prompts: Annotated[str, typer.Option("--prompts", metavar="P", help="A store, a file, or world:200.")],
+    to: Annotated[str, typer.Option("--to", metavar="STORE", help="Where the completions go.")],
+    n: Annotated[int, typer.Option("-n", min=1, help="Completions per prompt.")] = 1,
+    split: Annotated[str | None, typer.Option("--split", help="Only this split of the prompts.")] = None,
+    limit: Annotated[int | None, typer.Option("--limit", min=1, help="Only that many prompts.")] = None,
+    max_new_tokens: Annotated[
+        int, typer.Option("--max-new-tokens", min=1, help="Tokens per completion.")
+    ] = 256,
+    temperature: Annotated[
+        float, typer.Option("--temperature", help="1 samples from the model itself.")
+    ] = 1.0,
+    greedy: Annotated[bool, typer.Option("--greedy", help="The likeliest token each time.")] = False,
+    seed: Annotated[int, typer.Option("--seed", help="The same seed gives the same completions.")] = 0,
+    batch_size: Annotated[int, typer.Option("--batch-size", min=1, help="Completions at a time.")] = 256,
+    as_json: show.AsJson = False,
+) -> None:
+    """Sample completions from a model and keep them in a store, with their tokens and log-probabilities.
+
+    They are written down every few hundred: an interrupted command goes on where it stopped.
+    """
+    asked = words.prompts(prompts, split=split, seed=seed, limit=limit)
+    words.prepare_torch()
+    from steerwell.models.load import load_policy
+
+    policy = load_policy(words.model_path(model), name=model)
+    how = {"max_new_tokens": max_new_tokens, "temperature": float(temperature), "greedy": greedy}
+    begin, new, finished, tokens = time.monotonic(), 0, 0, 0
+    with words.new_store(to) as store, show.progress("sample") as step:
+        todo = missing(store.groups(), asked, n, policy, how, seed)
+        for some in words.in_chunks(todo, max(1, PER_SAVE // n), step):
+            groups = policy.sample(some, n, **how, seed=seed, batch_size=batch_size)
+            new += store.add(groups).completions
+            drawn = [completion for group in groups for completion in group.completions]
+            finished += sum(bool(completion.finished) for completion in drawn)
+            tokens += sum(len(completion.token_ids or ()) for completion in drawn)
+    value = {
+        "store": to,
+        "model": model,
+        "prompts": len(asked),
+        "there_already": len(asked) - len(todo),
+        "new_completions": new,
+        "finished": finished,
+        "tokens": tokens,
+        "seconds": round(time.monotonic() - begin, 3),
+    }
+    there = (
+        f", {show.counted(len(asked) - len(todo), 'prompt')} had theirs already"
+        if len(todo) < len(asked)
+        else ""
+    )
+    cut = (
+        f", {len(todo) * n - finished:,} cut off at {max_new_tokens} tokens"
+        if finished < len(todo) * n
+        else ""
+    )
+    show.result(value, as_json, f"{to}: {show.counted(new, 'new completion')} from {model}{cut}{there}")
+
+
+def missing(
+    groups: Iterable[CompletionGroup],
+    prompts: Sequence[Prompt],
+    n: int,
+    policy: Any,
+    how: dict[str, Any],
+    seed: int,
+) -> list[Prompt]:
+    """The prompts that do not have their ``n`` completions from this policy with these settings yet."""
+    from steerwell.data.messages import canonical
+
+    drawn: Counter[str] = Counter()
+    wanted = (policy.name, policy.digest(), canonical(how), seed)
+    for group in groups:
+        sources = [completion.source for completion in group.completions]
+        drawn[group.prompt_id] += sum(
+            s.index < n and (s.name, s.revision, s.sampling, s.seed) == wanted for s in sources
+        )
+    return [prompt for prompt in prompts if drawn[prompt.id] < n]
+
+
+@app.command(
+    epilog="Example: steerwell judge prefs.db --with rules:max_words:50,no_repeat",
+)
+def judge(
+    store: Annotated[str, typer.Argument(metavar="STORE")],
+    by: Annotated[
+        str,
+        typer.Option(
+            "--with", metavar="JUDGE", help="rm:DIR, rules:max_words:50, refusal, openai:MODEL, world:gold."
+        ),
+    ],
+    split: Annotated[str | None, typer.Option("--split", help="Only this split.")] = None,
+    limit: Annotated[int | None, typer.Option("--limit", min=1, help="Only that many prompts.")] = None,
+    criteria: Annotated[
+        str, typer.Option("--criteria", metavar="C,…", help="openai: what to judge by.")
+    ] = "",
+    base_url: Annotated[
+        str, typer.Option("--base-url", metavar="URL", help="openai: a server of your own.")
+    ] = "",
+    as_json: show.AsJson = False,
+) -> None:
+    """Have a judge look at the completions of a store; its verdicts are added as evidence.
+
+    What this judge has decided already is not asked again; what failed is. An interrupted command goes on
+    where it stopped. Nothing is overwritten.
+    """
+    settings: dict[str, Any] = {"base_url": base_url}
+    settings["criteria"] = words.names(criteria, "criterion") if criteria else []
+    with words.existing_store(store) as opened:
+        groups = [group for group in opened.groups(split=split) if group.completions][:limit]
+        if not groups:
+            raise InputError(
+                "there are no completions to judge", file=store, mend="Sample some: steerwell sample."
+            )
+        by_judge = words.judge(by, **settings)
+        todo = [group for group in groups if undecided(group, by_judge.name)]
+        new = 0
+        verdicts: Counter[str] = Counter()
+        failures: Counter[str] = Counter()
+        with show.progress("judge") as step:
+            for some in words.in_chunks(todo, GROUPS_PER_SAVE.get(by.partition(":")[0], 256), step):
+                known = {key for group in some for key in decided(group, by_judge.name)}
+                found = [a for a in by_judge(some) if (a.criterion, a.completions) not in known]
+                new += opened.add((), found).annotations
+                verdicts.update(a.kind for a in found if a.value is not None)
+                failures.update(a.rationale for a in found if a.value is None)
+    value = {
+        "store": store,
+        "judge": by_judge.name,
+        "groups": len(groups),
+        "there_already": len(groups) - len(todo),
+        "new_annotations": new,
+        "verdicts": dict(verdicts),
+        "no_verdict": sum(failures.values()),
+        "reasons": dict(failures.most_common()),
+    }
+    lines = [f"{store}: {show.counted(new, 'new annotation')} by {by_judge.name}"]
+    if len(todo) < len(groups):
+        lines.append(f"  {show.counted(len(groups) - len(todo), 'prompt')} had been judged already")
+    if failures:
+        lines.append(f"  no verdict in {sum(failures.values()):,} (ask again with the same command):")
+        lines += [f"    {count:,} × {reason}" for reason, count in failures.most_common(5)]
+    show.result(value, as_json, "\n".join(lines))
+
+
+def decided(group: CompletionGroup, name: str) -> set[tuple[str, tuple[str, ...]]]:
+    """(criterion, completions in the order shown) of every verdict that this judge has reached."""
+    return {
+        (a.criterion, a.completions) for a in group.annotations if a.annotator == name and a.value is not None
+    }
+
+
+def undecided(group: CompletionGroup, name: str) -> bool:
+    """Whether this judge has not seen a completion of the group yet, or failed and never made up for it."""
+    mine: list[Annotation] = [a for a in group.annotations if a.annotator == name]
+    done = decided(group, name)
+    seen = {completion for _, shown in done for completion in shown}
+    return any((a.criterion, a.completions) not in done for a in mine) or any(
+        completion.id not in seen for completion in group.completions
+    )
+
+
+@app.command(
+    epilog="Example: steerwell train dpo.toml --set beta=0.05 --set train.learning_rate=1e-6",
+)
+def train(
+    recipe: Annotated[Path, typer.Argument(metavar="RECIPE.toml")],
+    overrides: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change a setting of the recipe.")
+    ] = None,
+    as_json: show.AsJson = False,
+) -> None:
+    """Train a policy or a reward model by a recipe: sft, bradley_terry, dpo, ipo, simpo, kto, grpo …
+
+    The same command continues an interrupted run; a run that is done is left alone.
+    """
+    raise InputError("not yet")
+
+
+__all__ = ["judge", "sample", "train"]

@@ -1,0 +1,326 @@
+"""From evidence to targets: what a training run aims at, derived from annotations by a rule one can name.
+
+majority  pairs, by most votes (preferences and rankings)
+soft      pairs with the share of votes as probability
+mean      scores, the mean of each completion's scores
+labels    labels, by most votes (or from preferences)
+
+Each returns a list of groups with a ``.report`` of what was counted. An annotation without a verdict never
+counts as anything. Groups that get no target are left out, and the report says how many. The inputs are not
+changed; targets that a group already has stay, so that the rules can be applied one after another.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Literal
+
+from steerwell.data.errors import InputError
+from steerwell.data.evidence import comparisons
+from steerwell.data.types import Annotation, CompletionGroup, Pair
+
+Ties = Literal["drop", "half"]
+
+
+@dataclass
+class ResolveReport:
+    """What was counted. Annotations are counted once for each group that they are about."""
+
+    rule: str
+    groups: int = 0  # given
+    resolved: int = 0  # with a target
+    used: int = 0  # annotations that gave a vote
+    no_verdict: int = 0  # annotations that failed or were skipped
+    both_bad: int = 0  # annotations that prefer neither, as both are bad: no vote
+    across: int = 0  # annotations that compare completions of different prompts: no vote
+    equal_texts: int = 0  # comparisons of two samples with the same text: no vote
+    ties: int = 0  # votes that are a tie
+    undecided: int = 0  # pairs or completions with as many votes for as against
+    too_few: int = 0  # pairs or completions with fewer than min_votes votes
+    disagreements: int = 0  # pairs or completions with votes both ways
+    pairs: int = 0
+    scores: int = 0
+    labels: int = 0
+
+    def to_dict(self) -> dict[str, Any]:
+        """All counts by name."""
+        return asdict(self)
+
+    def __str__(self) -> str:
+        made = ", ".join(f"{n} {w}" for w in ("pairs", "scores", "labels") if (n := getattr(self, w)))
+        words = {
+            "no_verdict": "without a verdict",
+            "both_bad": "both bad",
+            "across": "across prompts",
+            "equal_texts": "comparisons of equal texts",
+            "ties": "tied votes",
+            "undecided": "undecided",
+            "too_few": "with too few votes",
+            "disagreements": "disagreements",
+        }
+        rest = [f"{n} {word}" for key, word in words.items() if (n := getattr(self, key))]
+        head = f"{self.rule}: {made or 'no targets'} from {self.used} annotations"
+        return "; ".join([f"{head} in {self.resolved} of {self.groups} groups", *rest])
+
+
+class Resolved(list[CompletionGroup]):
+    """The groups that got a target, with the ``report`` of how."""
+
+    report: ResolveReport
+
+    def __init__(self, groups: Iterable[CompletionGroup], report: ResolveReport) -> None:
+        super().__init__(groups)
+        self.report = report
+
+
+def majority(
+    groups: Iterable[CompletionGroup],
+    *,
+    annotations: Iterable[Annotation] | None = None,
+    min_votes: int = 1,
+    ties: Ties = "drop",
+    criterion: str | None = None,
+    pairs: Literal["all", "best_worst"] = "all",
+) -> Resolved:
+    """Pairs by most votes: ``p`` is 1 for the winner.
+
+    Every preference is a vote, every ranking a vote on each of its pairs (``pairs="best_worst"``: only on its
+    best against its worst). A tied vote counts for neither side. Where the sides get equally many votes, the
+    pair is left out (``ties="drop"``) or kept with p = 0.5 (``ties="half"``).
+
+    ``annotations`` are used instead of the groups' own, ``criterion`` takes only annotations of that
+    criterion, and pairs with fewer than ``min_votes`` votes (tied ones count) are left out.
+    """
+    _check(min_votes, ties=ties, pairs=pairs)
+    report = ResolveReport("majority")
+    result = []
+    for group, votes in _ballots(groups, annotations, criterion, pairs == "best_worst", report):
+        edges = []
+        for (i, j), (for_i, for_j, tied) in votes.items():
+            if not _enough(for_i, for_j, tied, min_votes, report):
+                continue
+            if for_i == for_j:
+                report.undecided += 1
+                if ties == "half":
+                    edges.append(Pair(i, j, 0.5))
+            else:
+                edges.append(Pair(i, j) if for_i > for_j else Pair(j, i))
+        _keep(result, group, edges, report)
+    return Resolved(result, report)
+
+
+def soft(
+    groups: Iterable[CompletionGroup],
+    *,
+    annotations: Iterable[Annotation] | None = None,
+    min_votes: int = 1,
+    ties: Ties = "half",
+    criterion: str | None = None,
+    pairs: Literal["all", "best_worst"] = "all",
+    smoothing: float = 0.0,
+) -> Resolved:
+    """Pairs with ``p`` = (votes for chosen + ``smoothing``) / (votes + 2 ``smoothing``), at least 0.5.
+
+    A tied vote counts half for each side (``ties="half"``) or not at all (``ties="drop"``). ``smoothing=1``
+    is Laplace's rule: one vote for one side says 2/3, not 1. Pairs at exactly 0.5 are kept. The other
+    arguments are those of :func:`majority`.
+    """
+    _check(min_votes, ties=ties, pairs=pairs)
+    if not smoothing >= 0:
+        raise InputError(f"smoothing must be 0 or more, got {smoothing}", mend="1 is Laplace's rule.")
+    report = ResolveReport("soft")
+    result = []
+    for group, votes in _ballots(groups, annotations, criterion, pairs == "best_worst", report):
+        edges = []
+        for (i, j), (for_i, for_j, tied) in votes.items():
+            if not _enough(for_i, for_j, 0 if ties == "drop" else tied, max(min_votes, 1), report):
+                continue
+            report.undecided += for_i == for_j
+            half = tied / 2 if ties == "half" else 0.0
+            total = for_i + for_j + 2 * half + 2 * smoothing
+            p = (for_i + half + smoothing) / total
+            edges.append(Pair(i, j, p) if for_i >= for_j else Pair(j, i, 1.0 - p))
+        _keep(result, group, edges, report)
+    return Resolved(result, report)
+
+
+def mean(
+    groups: Iterable[CompletionGroup],
+    *,
+    annotations: Iterable[Annotation] | None = None,
+    min_votes: int = 1,
+    criterion: str | None = None,
+) -> Resolved:
+    """Scores: the mean of each completion's score annotations; None where fewer than ``min_votes`` gave one.
+
+    Scores of several criteria are averaged alike: name a ``criterion`` where they have different scales.
+    """
+    _check(min_votes)
+    report = ResolveReport("mean")
+    result = []
+    for group, values in _values(groups, annotations, "score", criterion, report):
+        scores = []
+        for given in values:
+            report.too_few += 0 < len(given) < min_votes
+            scores.append(sum(given) / len(given) if len(given) >= min_votes else None)
+        made = sum(s is not None for s in scores)
+        if made:
+            report.scores += made
+            report.resolved += 1
+            result.append(replace(group, scores=tuple(scores)))
+    return Resolved(result, report)
+
+
+def labels(
+    groups: Iterable[CompletionGroup],
+    *,
+    annotations: Iterable[Annotation] | None = None,
+    min_votes: int = 1,
+    criterion: str | None = None,
+    from_preferences: bool = False,
+) -> Resolved:
+    """Labels by most votes; None where the votes are equal or fewer than ``min_votes``.
+
+    ``from_preferences`` counts preferences and rankings instead of labels: each comparison that a completion
+    wins is a vote for True, each that it loses one for False. So KTO can learn from pairs.
+    """
+    _check(min_votes)
+    report = ResolveReport("labels")
+    if from_preferences:
+        ballots = _ballots(groups, annotations, criterion, False, report)
+        votes_of = ((group, _wins_and_losses(len(group.completions), votes)) for group, votes in ballots)
+    else:
+        votes_of = _values(groups, annotations, "label", criterion, report)
+    result = []
+    for group, votes in votes_of:
+        decided = [_label(given, min_votes, report) for given in votes]
+        made = sum(label is not None for label in decided)
+        if made:
+            report.labels += made
+            report.resolved += 1
+            result.append(replace(group, labels=tuple(decided)))
+    return Resolved(result, report)
+
+
+def _check(min_votes: int, *, ties: str = "drop", pairs: str = "all") -> None:
+    if min_votes < 1:
+        raise InputError(f"min_votes must be at least 1, got {min_votes}", mend="1 takes every vote.")
+    if ties not in ("drop", "half"):
+        raise InputError(f"unknown policy for ties {ties!r}", mend="Write 'drop' or 'half'.")
+    if pairs not in ("all", "best_worst"):
+        raise InputError(f"unknown choice of pairs {pairs!r}", mend="Write 'all' or 'best_worst'.")
+
+
+def _label(given: Sequence[bool], min_votes: int, report: ResolveReport) -> bool | None:
+    good = sum(given)
+    bad = len(given) - good
+    report.disagreements += bool(good and bad)
+    if len(given) < min_votes:
+        report.too_few += bool(given)
+        return None
+    report.undecided += good == bad
+    return None if good == bad else good > bad
+
+
+def _wins_and_losses(n: int, votes: dict[tuple[int, int], list[int]]) -> list[list[bool]]:
+    result: list[list[bool]] = [[] for _ in range(n)]
+    for (i, j), (for_i, for_j, _) in votes.items():
+        result[i] += [True] * for_i + [False] * for_j
+        result[j] += [True] * for_j + [False] * for_i
+    return result
+
+
+def _enough(for_i: int, for_j: int, tied: int, min_votes: int, report: ResolveReport) -> bool:
+    report.disagreements += bool(for_i and for_j)
+    enough = for_i + for_j + tied >= min_votes
+    report.too_few += not enough
+    return enough
+
+
+def _keep(
+    result: list[CompletionGroup], group: CompletionGroup, edges: list[Pair], report: ResolveReport
+) -> None:
+    if edges:
+        report.pairs += len(edges)
+        report.resolved += 1
+        result.append(replace(group, pairs=tuple(edges)))
+
+
+def _with_evidence(
+    groups: Iterable[CompletionGroup], annotations: Iterable[Annotation] | None
+) -> Iterator[CompletionGroup]:
+    """The groups with the annotations to count: their own, or those given that name their completions."""
+    if annotations is None:
+        yield from groups
+        return
+    about: dict[str, list[Annotation]] = defaultdict(list)
+    for annotation in annotations:
+        for completion in annotation.completions:
+            about[completion].append(annotation)
+    for group in groups:
+        found = {id(a): a for c in group.completions for a in about.get(c.id, ())}
+        yield replace(group, annotations=tuple(found.values()))
+
+
+def _ballots(
+    groups: Iterable[CompletionGroup],
+    annotations: Iterable[Annotation] | None,
+    criterion: str | None,
+    best_worst: bool,
+    report: ResolveReport,
+) -> Iterator[tuple[CompletionGroup, dict[tuple[int, int], list[int]]]]:
+    """Each group with its votes: ``{(i, j): [for i, for j, ties]}``, i < j, in the order first voted on."""
+    for group in _with_evidence(groups, annotations):
+        report.groups += 1
+        position = {c.id: k for k, c in enumerate(group.completions)}
+        votes: dict[tuple[int, int], list[int]] = {}
+        for annotation in group.annotations:
+            if annotation.kind not in ("preference", "ranking"):
+                continue
+            if criterion is not None and annotation.criterion != criterion:
+                continue
+            report.no_verdict += annotation.value is None
+            report.both_bad += annotation.value == "both_bad"
+            used = stated = False
+            for first, second, winner in comparisons(annotation, best_worst=best_worst):
+                stated = True
+                if first not in position or second not in position:
+                    continue
+                used = True
+                i, j = position[first], position[second]
+                if group.completions[i].messages == group.completions[j].messages:
+                    report.equal_texts += 1
+                    continue
+                report.ties += winner is None
+                slot = 2 if winner is None else winner if i < j else 1 - winner
+                votes.setdefault((min(i, j), max(i, j)), [0, 0, 0])[slot] += 1
+            report.used += used
+            report.across += stated and not used
+        yield group, votes
+
+
+def _values(
+    groups: Iterable[CompletionGroup],
+    annotations: Iterable[Annotation] | None,
+    kind: str,
+    criterion: str | None,
+    report: ResolveReport,
+) -> Iterator[tuple[CompletionGroup, list[list[Any]]]]:
+    """Each group with the values given to each of its completions."""
+    for group in _with_evidence(groups, annotations):
+        report.groups += 1
+        position = {c.id: k for k, c in enumerate(group.completions)}
+        values: list[list[Any]] = [[] for _ in group.completions]
+        for annotation in group.annotations:
+            if annotation.kind != kind or (criterion is not None and annotation.criterion != criterion):
+                continue
+            report.no_verdict += annotation.value is None
+            if annotation.value is not None and annotation.completions[0] in position:
+                values[position[annotation.completions[0]]].append(annotation.value)
+                report.used += 1
+        yield group, values
+
+
+__all__ = ["ResolveReport", "Resolved", "labels", "majority", "mean", "soft"]

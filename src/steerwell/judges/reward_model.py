@@ -1,0 +1,68 @@
+"""A reward model as a judge: one score annotation per completion."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from steerwell.data.types import Annotation, CompletionGroup
+
+if TYPE_CHECKING:
+    from steerwell.models.load import RewardModel
+
+
+@dataclass(frozen=True)
+class RewardModelJudge:
+    """Scores completions with a loaded reward model. Make one with :func:`reward_model`."""
+
+    model: RewardModel
+    name: str
+
+    def __call__(self, groups: Sequence[CompletionGroup], /) -> list[Annotation]:
+        """One ``score`` annotation per completion, in the model's normalised units.
+
+        A score that is not a finite number becomes no verdict (None), never zero.
+        """
+        filled = [group for group in groups if group.completions]
+        found: list[Annotation] = []
+        for group, scores in zip(filled, self.model.score(filled) if filled else [], strict=True):
+            for completion, score in zip(group.completions, scores, strict=True):
+                value = float(score)
+                found.append(
+                    Annotation(
+                        kind="score",
+                        completions=(completion.id,),
+                        annotator=self.name,
+                        value=value if math.isfinite(value) else None,
+                        rationale="" if math.isfinite(value) else f"the score was {value}",
+                    )
+                )
+        return found
+
+
+def reward_model(path_or_model: str | Path | RewardModel, *, name: str | None = None) -> RewardModelJudge:
+    """A judge from a reward model: a directory (or a run directory with ``model/`` inside), or a loaded one.
+
+    The annotator's name is ``rm:NAME@DIGEST`` with the digest of the weights, so that scores of another
+    checkpoint in the same place are not taken for scores of this one. Raises :class:`InputError` when the
+    directory holds no reward model.
+    """
+    if isinstance(path_or_model, str | Path):
+        from steerwell.models.load import load_reward_model
+
+        place = Path(path_or_model)
+        inside = place / "model"
+        if inside.is_dir() and not (place / "config.json").exists():
+            place = inside
+        model = load_reward_model(str(place) if place.exists() else str(path_or_model))
+        label = place.parent.name if place is inside else place.name
+    else:
+        model = path_or_model
+        label = str(getattr(model, "name", "") or "model")
+    return RewardModelJudge(model, name or f"rm:{label}@{model.digest()[:10]}")
+
+
+__all__ = ["RewardModelJudge", "reward_model"]

@@ -1,0 +1,535 @@
+"""Models in and out of directories: policies and reward models in the standard Hugging Face layout.
+
+Only safetensors are read and no code from a model directory is run. Saving is atomic: a directory is whole or it
+is not there.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+import os
+import shutil
+import warnings
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from uuid import uuid4
+
+import torch
+from torch import nn
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.utils import logging as hf_logging
+
+from steerwell.data.errors import InputError, nearest
+from steerwell.data.messages import Message
+from steerwell.data.types import CompletionGroup, Prompt
+from steerwell.models.attention import use_steerwell_attention
+from steerwell.models.batch import build, pack
+from steerwell.models.forward import (
+    Pooling,
+    per_token_logps,
+    reward_scores,
+    sum_by_owner,
+    unwrap,
+)
+from steerwell.models.render import TEMPLATE_MEND, TokenizedGroup, ending, tokenize_groups
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+SCORING_FILE = "steerwell_scoring.json"
+MAX_TOKENS = 16384  # encoded at once when nothing is trained
+POOLINGS = ("last", "mean")
+
+
+def set_threads(n: int = 1) -> None:
+    """Torch threads of this process. Two processes with two threads each on two cores run many times slower
+    than with one each, so the commands call this with 1."""
+    torch.set_num_threads(n)
+
+
+@dataclass(eq=False)
+class Policy:
+    """A language model that answers, with its tokenizer and chat template."""
+
+    model: Any  # PreTrainedModel, or peft's wrapper of one
+    tokenizer: PreTrainedTokenizerBase
+    name: str
+    path: str = ""
+    _digest: tuple[Any, str] | None = field(default=None, repr=False)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return next(self.model.parameters()).device
+
+    @property
+    def stop_ids(self) -> tuple[int, ...]:
+        """Tokens that end a completion: the generation config's, the tokenizer's and the template's."""
+        generation = getattr(unwrap(self.model), "generation_config", None)
+        named = getattr(generation, "eos_token_id", None)
+        ids = [*named] if isinstance(named, Sequence) else [named]
+        ids += [self.tokenizer.eos_token_id, ending(self.tokenizer).stop_id]
+        return tuple(sorted({i for i in ids if i is not None}))
+
+    def digest(self) -> str:
+        """Identity of the weights: equal weights have equal digests. Computed again only when they changed."""
+        self._digest = _remembered_digest(self.model, self._digest)
+        return self._digest[1]
+
+    def sample(
+        self,
+        prompts: Sequence[Prompt | str | Sequence[Message | Mapping[str, Any]]],
+        n: int = 1,
+        *,
+        max_new_tokens: int = 256,
+        temperature: float = 1.0,
+        greedy: bool = False,
+        seed: int = 0,
+        batch_size: int = 256,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> list[CompletionGroup]:
+        """Draw ``n`` completions of each prompt; see :func:`steerwell.models.sampler.sample`."""
+        from steerwell.models.sampler import sample
+
+        return sample(
+            self,
+            prompts,
+            n,
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            greedy=greedy,
+            seed=seed,
+            batch_size=batch_size,
+            progress=progress,
+        )
+
+    def tokenize(
+        self, groups: Iterable[CompletionGroup], max_length: int | None = None
+    ) -> list[TokenizedGroup]:
+        """Token ids of groups; see :func:`steerwell.models.render.tokenize_groups`."""
+        return tokenize_groups(self.tokenizer, groups, max_length)
+
+    @torch.no_grad()
+    def logps(self, groups: Iterable[CompletionGroup], *, max_tokens: int = MAX_TOKENS) -> list[list[float]]:
+        """Summed log-probability (nats) of every completion given its prompt, one list per group."""
+        with _evaluating(self.model):
+            return _by_group(
+                self.tokenize(groups),
+                lambda batch: sum_by_owner(per_token_logps(self.model, batch), batch.owner, batch.n),
+                self.device,
+                max_tokens,
+            )
+
+    def save(self, path: str | Path) -> Path:
+        """Write a complete model directory (weights, tokenizer, template), adapters merged; returns its path.
+
+        An older model directory of that name is replaced. Raises :class:`InputError` when something else is there.
+        """
+        return _save(merged(self.model), self.tokenizer, Path(path))
+
+    def copy(self) -> Policy:
+        """An independent copy with equal weights, on the same device."""
+        return Policy(copy.deepcopy(self.model), self.tokenizer, self.name, self.path, self._digest)
+
+
+@dataclass(frozen=True)
+class ScoringRecipe:
+    """How raw outputs become scores: which states are read, and ``(raw - mean) / std``."""
+
+    pooling: Pooling = "last"
+    mean: float = 0.0
+    std: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.pooling not in POOLINGS:
+            raise InputError(f"unknown pooling {self.pooling!r}", mend=nearest(str(self.pooling), POOLINGS))
+        if not self.std > 0:
+            raise InputError(f"the scale of scores must be positive, got {self.std}", mend="Use std=1.0.")
+
+
+@dataclass(eq=False)
+class RewardModel:
+    """A sequence classifier with one label that scores completions; higher is better."""
+
+    model: Any
+    tokenizer: PreTrainedTokenizerBase
+    recipe: ScoringRecipe = ScoringRecipe()
+    name: str = "reward-model"
+    path: str = ""
+    _digest: tuple[Any, str] | None = field(default=None, repr=False)
+
+    @classmethod
+    def from_policy(
+        cls, policy: Policy, *, pooling: Pooling = "last", name: str | None = None
+    ) -> RewardModel:
+        """A reward model on a copy of the policy's backbone, with a new head close to zero (always the same one).
+
+        Raises :class:`InputError` for an architecture without a sequence classifier in ``transformers``.
+        """
+        source = merged(policy.model)
+        config = copy.deepcopy(source.config)
+        config.num_labels = 1
+        config.get_text_config().pad_token_id = config.pad_token_id = _pad_id(policy.tokenizer)
+        config.architectures = None
+        try:
+            model = AutoModelForSequenceClassification.from_config(
+                config, dtype=source.dtype, attn_implementation="sdpa"
+            )
+        except ValueError as error:
+            raise InputError(
+                f"{type(source).__name__} has no sequence classifier", mend="Choose another base model."
+            ) from error
+        _check_classifier(model, policy.path or None)
+        model.base_model.load_state_dict(source.base_model.state_dict())
+        with torch.no_grad():
+            noise = torch.Generator().manual_seed(0)
+            shape = model.score.weight.shape
+            model.score.weight.copy_(torch.randn(shape, generator=noise) * 0.01 / shape[1] ** 0.5)
+        use_steerwell_attention(model)
+        model.to(policy.device).eval()  # type: ignore[arg-type]
+        return cls(model, policy.tokenizer, ScoringRecipe(pooling), name or f"{policy.name}-reward")
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return next(self.model.parameters()).device
+
+    def digest(self) -> str:
+        """Identity of the weights and the recipe."""
+        self._digest = _remembered_digest(self.model, self._digest)
+        words = json.dumps(asdict(self.recipe), sort_keys=True)
+        return hashlib.blake2b((self._digest[1] + words).encode(), digest_size=12).hexdigest()
+
+    def tokenize(
+        self, groups: Iterable[CompletionGroup], max_length: int | None = None
+    ) -> list[TokenizedGroup]:
+        """Token ids of groups; see :func:`steerwell.models.render.tokenize_groups`."""
+        return tokenize_groups(self.tokenizer, groups, max_length)
+
+    @torch.no_grad()
+    def score(self, groups: Iterable[CompletionGroup], *, max_tokens: int = MAX_TOKENS) -> list[list[float]]:
+        """The score of every completion, one list per group; the same whatever else is in the batch."""
+        with _evaluating(self.model):
+            raw = _by_group(
+                self.tokenize(groups),
+                lambda batch: reward_scores(self.model, batch, self.recipe.pooling),
+                self.device,
+                max_tokens,
+            )
+        return [[(x - self.recipe.mean) / self.recipe.std for x in scores] for scores in raw]
+
+    def save(self, path: str | Path) -> Path:
+        """Write a complete model directory with its scoring recipe; see :meth:`Policy.save`."""
+        recipe = json.dumps({"version": 1, **asdict(self.recipe)}, indent=2) + "\n"
+        return _save(merged(self.model), self.tokenizer, Path(path), {SCORING_FILE: recipe})
+
+    def copy(self) -> RewardModel:
+        """An independent copy with equal weights, on the same device."""
+        return RewardModel(
+            copy.deepcopy(self.model), self.tokenizer, self.recipe, self.name, self.path, self._digest
+        )
+
+
+def load_policy(
+    path: str | Path,
+    *,
+    lora: int | None = None,
+    device: str | torch.device | None = None,
+    dtype: str | torch.dtype | None = None,
+    name: str | None = None,
+) -> Policy:
+    """Load a causal language model from a directory, or by its name on the Hugging Face hub.
+
+    ``lora`` adds a new adapter of that rank to every linear layer below the head; then only the adapter is
+    trained, and :meth:`Policy.save` merges it. ``device`` is a GPU where there is one. ``dtype`` is fp32 on a CPU
+    and the saved one elsewhere.
+
+    Raises :class:`InputError` for a missing directory, one without config, tokenizer, chat template or safetensors,
+    and an architecture whose layers are not all attention.
+    """
+    model, tokenizer = _load(AutoModelForCausalLM, path, device, dtype)
+    if lora is not None:
+        model = _add_adapter(model, lora)
+    return Policy(model, tokenizer, name or _name(path), str(path))
+
+
+def load_reward_model(
+    path: str | Path,
+    *,
+    device: str | torch.device | None = None,
+    dtype: str | torch.dtype | None = None,
+    name: str | None = None,
+) -> RewardModel:
+    """Load a reward model: a sequence classifier with one label. Without a scoring recipe it reads the last token.
+
+    Raises :class:`InputError` as :func:`load_policy` does, and for a directory that holds a language model.
+    """
+    local = Path(path).expanduser()
+    if (local / "config.json").is_file():
+        config = _read_json(local / "config.json")
+        kinds = [str(kind) for kind in config.get("architectures") or []]
+        if kinds and not any("ForSequenceClassification" in kind for kind in kinds):
+            raise InputError(
+                f"this is a {kinds[0]}, not a reward model",
+                file=path,
+                mend='Train one from it: a recipe with objective = "bradley_terry".',
+            )
+    recipe = ScoringRecipe()
+    if (local / SCORING_FILE).is_file():
+        given = {k: v for k, v in _read_json(local / SCORING_FILE).items() if k != "version"}
+        try:
+            recipe = ScoringRecipe(**given)
+        except TypeError as error:
+            raise InputError(f"not a scoring recipe ({error})", file=local / SCORING_FILE) from error
+    model, tokenizer = _load(AutoModelForSequenceClassification, path, device, dtype)
+    _check_classifier(model, path)
+    return RewardModel(model, tokenizer, recipe, name or _name(path), str(path))
+
+
+def _load(
+    kind: Any, path: str | Path, device: str | torch.device | None, dtype: str | torch.dtype | None
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    place = _check_directory(path)
+    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    dtype = dtype or (torch.float32 if device.type == "cpu" else "auto")
+    with _quiet():
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(place, trust_remote_code=False)
+        except (OSError, ValueError, KeyError) as error:
+            raise InputError(
+                f"no tokenizer could be loaded ({_first_line(error)})",
+                file=path,
+                mend="Put tokenizer.json and tokenizer_config.json into the directory.",
+            ) from error
+        if not tokenizer.chat_template:
+            raise InputError("the tokenizer has no chat template", file=path, mend=TEMPLATE_MEND)
+        try:
+            model = kind.from_pretrained(place, dtype=dtype, use_safetensors=True, trust_remote_code=False)
+        except (OSError, ValueError, KeyError, RuntimeError) as error:
+            raise InputError(
+                f"the model could not be loaded ({_first_line(error)})",
+                file=path,
+                mend="It must be a complete Hugging Face directory with safetensors weights.",
+            ) from error
+    rows = model.get_input_embeddings().weight.shape[0]
+    if len(tokenizer) > rows:
+        raise InputError(
+            f"the tokenizer has {len(tokenizer)} tokens but the model has embeddings for {rows}",
+            file=path,
+            mend="Take the tokenizer that the model was trained with.",
+        )
+    use_steerwell_attention(model)
+    return model.to(device).eval(), tokenizer
+
+
+def _check_directory(path: str | Path) -> str:
+    """What ``from_pretrained`` is to be given; raises :class:`InputError` when a directory lacks something."""
+    local = Path(path).expanduser()
+    if not local.is_dir():
+        text = str(path)
+        if isinstance(path, str) and text.count("/") <= 1 and not text.startswith((".", "/", "~")):
+            if "/" in text and not local.exists():
+                return text  # a name on the hub
+        raise InputError(
+            "not a directory" if local.exists() else "no such model directory",
+            file=path,
+            mend="Give a directory in the Hugging Face layout, or a hub name like Qwen/Qwen3-0.6B.",
+        )
+    names = {file.name for file in local.iterdir()}
+    if "config.json" not in names:
+        if "adapter_config.json" in names:
+            what, mend = "an adapter without its base model", "Merge the adapter into its base model first."
+        else:
+            what, mend = "no config.json in this directory", "Name the directory that holds the model itself."
+        raise InputError(what, file=path, mend=mend)
+    if not any(n.endswith(".safetensors") for n in names):
+        pickles = sorted(n for n in names if n.endswith((".bin", ".pt", ".pth")))
+        raise InputError(
+            f"the weights are a pickle ({pickles[0]})" if pickles else "no weights in this directory",
+            file=path,
+            mend="Convert them to safetensors: a pickle can run code when it is read."
+            if pickles
+            else "Put model.safetensors into it.",
+        )
+    if not names & {"tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt"}:
+        raise InputError(
+            "no tokenizer in this directory",
+            file=path,
+            mend="Put tokenizer.json and tokenizer_config.json into it.",
+        )
+    _read_json(local / "config.json")
+    return str(local)
+
+
+def _check_classifier(model: Any, path: Any) -> None:
+    if getattr(model.config, "num_labels", None) != 1 or not isinstance(
+        getattr(model, "score", None), nn.Linear
+    ):
+        raise InputError(
+            f"{type(model).__name__} with {model.config.num_labels} labels is not a reward model",
+            file=path,
+            mend="A reward model is a sequence classifier with one label.",
+        )
+
+
+def _add_adapter(model: PreTrainedModel, rank: int) -> Any:
+    from peft import LoraConfig, get_peft_model
+
+    if rank < 1:
+        raise InputError(f"lora must be a positive rank, got {rank}", mend="Use lora=16.")
+    config = LoraConfig(
+        r=rank, lora_alpha=2 * rank, lora_dropout=0.0, target_modules="all-linear", task_type="CAUSAL_LM"
+    )
+    with warnings.catch_warnings():  # peft asks transformers under names that are going out of use
+        warnings.simplefilter("ignore", FutureWarning)
+        return get_peft_model(model, config).eval()
+
+
+def merged(model: Any) -> PreTrainedModel:
+    """The ``transformers`` model with its adapters merged in: a copy when there are adapters, else itself."""
+    if not hasattr(model, "merge_and_unload"):
+        return model
+    return copy.deepcopy(model).merge_and_unload()
+
+
+def weights_digest(model: nn.Module) -> str:
+    """Hash of all weights by name, type, shape and bytes; tied weights count once."""
+    total = hashlib.blake2b(digest_size=12)
+    seen: set[int] = set()
+    for name, value in sorted(model.state_dict().items()):
+        if value.data_ptr() in seen and value.numel():
+            continue
+        seen.add(value.data_ptr())
+        total.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+        total.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return total.hexdigest()
+
+
+def _remembered_digest(model: nn.Module, known: tuple[Any, str] | None) -> tuple[Any, str]:
+    # Fused optimizers write without raising the version of a tensor, so the bits are summed as well.
+    state = tuple((p.data_ptr(), p._version, _bit_sum(p)) for p in model.parameters())
+    return known if known is not None and known[0] == state else (state, weights_digest(model))
+
+
+def _bit_sum(value: torch.Tensor) -> int:
+    integers = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[value.element_size()]
+    return int(value.detach().view(integers).sum(dtype=torch.int64))
+
+
+def _save(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    path: Path,
+    files: Mapping[str, str] | None = None,
+) -> Path:
+    path = path.expanduser()
+    if path.exists() and not (
+        path.is_dir() and ((path / "config.json").is_file() or not any(path.iterdir()))
+    ):
+        raise InputError(
+            "something that is not a model is in the way",
+            file=path,
+            mend="Choose another name, or remove it.",
+        )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    fresh = path.parent / f".{path.name}.{uuid4().hex[:8]}.new"
+    old = fresh.with_suffix(".old")
+    try:
+        with _quiet():
+            model.save_pretrained(fresh, safe_serialization=True)
+            tokenizer.save_pretrained(fresh)
+        for name, text in (files or {}).items():
+            (fresh / name).write_text(text, encoding="utf-8")
+        if path.exists():
+            os.replace(path, old)
+        os.replace(fresh, path)
+    except BaseException:
+        if old.exists() and not path.exists():
+            os.replace(old, path)
+        shutil.rmtree(fresh, ignore_errors=True)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
+    return path
+
+
+def _by_group(
+    groups: list[TokenizedGroup], values: Callable[[Any], torch.Tensor], device: torch.device, max_tokens: int
+) -> list[list[float]]:
+    out: list[list[float]] = [[] for _ in groups]
+    busy = [i for i, group in enumerate(groups) if group.sequences]
+    for members in pack([groups[i] for i in busy], max_tokens):
+        batch = build([groups[busy[i]] for i in members]).to(device)
+        for owner, value in zip(batch.group.tolist(), values(batch).tolist(), strict=True):
+            out[busy[members[owner]]].append(value)
+    return out
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """No dropout inside; the model's mode is put back afterwards."""
+    training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """No progress bars and chatter of ``transformers`` inside; put back as they were."""
+    level, bars = hf_logging.get_verbosity(), hf_logging.is_progress_bar_enabled()
+    hf_logging.set_verbosity_error()
+    hf_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        hf_logging.set_verbosity(level)
+        if bars:
+            hf_logging.enable_progress_bar()
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"not JSON ({_first_line(error)})", file=path, mend="Write it again.") from error
+    if not isinstance(value, dict):
+        raise InputError("not a JSON object", file=path, mend="Write it again.")
+    return value
+
+
+def _pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
+    pad = tokenizer.pad_token_id
+    return int(pad if pad is not None else ending(tokenizer).stop_id or 0)  # type: ignore[arg-type]
+
+
+def _name(path: str | Path) -> str:
+    return Path(path).name or str(path)
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+
+
+__all__ = [
+    "Policy",
+    "RewardModel",
+    "ScoringRecipe",
+    "load_policy",
+    "load_reward_model",
+    "merged",
+    "set_threads",
+    "weights_digest",
+]

@@ -1,0 +1,75 @@
+"""The one owner of denominators.
+
+An objective never divides. The loop asks :func:`denominator` for the counts of every micro-batch (and rank)
+of a step, adds them up *before* any backward, and then calls :func:`reduce` with that global figure. So one
+step over a batch has the same gradient however the batch is cut.
+
+======================  =====================================================================
+pair_mean               every pair weighs the same
+completion_mean         every completion weighs the same
+token_mean              every token weighs the same (long completions weigh more)
+sequence_mean           mean over the tokens of each completion, then over completions
+======================  =====================================================================
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from steerwell.objectives.table import ObjectiveError, one_of
+
+REDUCTIONS: tuple[str, ...] = ("pair_mean", "completion_mean", "token_mean", "sequence_mean")
+
+
+def denominator(reduction: str, tensors: Mapping[str, Tensor], *, mask: str | None = None) -> float:
+    """How many units a (micro-)batch counts; no forward pass is needed for it.
+
+    ``tensors`` holds ``pairs`` (2, M) for "pair_mean" and ``lengths`` (N,) for the others. ``mask`` names
+    the bool tensor (N,) that selects completions (an objective's ``.mask``); completions outside it do not
+    count, and neither do completions without a token in "sequence_mean".
+    Raises ObjectiveError for an unknown reduction or a missing tensor.
+    """
+    one_of("reduction", reduction, REDUCTIONS)
+    wanted = ("pairs",) if reduction == "pair_mean" else ("lengths", *([mask] if mask else []))
+    for name in wanted:
+        if name not in tensors:
+            raise ObjectiveError(f"the denominator of {reduction} needs {name}")
+    if reduction == "pair_mean":
+        return float(tensors["pairs"].shape[1])
+    lengths = tensors["lengths"]
+    if mask is not None:
+        lengths = lengths[tensors[mask]]
+    if reduction == "token_mean":
+        return float(lengths.double().sum())
+    return float((lengths > 0).sum()) if reduction == "sequence_mean" else float(lengths.numel())
+
+
+def reduce(losses: Tensor, reduction: str, *, denominator: float, owner: Tensor | None = None) -> Tensor:
+    """Sum of the weighted losses over the step's global denominator: a scalar to call backward on.
+
+    losses: one entry per unit. owner: long, of the shape of ``losses``; which completion each token belongs
+    to, needed by "sequence_mean" only (each token then weighs 1 / tokens of its completion in ``losses``,
+    so the tokens of one completion must come in one micro-batch).
+    An empty micro-batch gives 0 with a gradient of 0, whatever the denominator.
+    Raises ObjectiveError if the losses are not unreduced, ``owner`` does not fit, or the denominator is not
+    > 0.
+    """
+    one_of("reduction", reduction, REDUCTIONS)
+    if losses.dim() != 1:
+        raise ObjectiveError(f"losses must be unreduced, of shape (units,), got {tuple(losses.shape)}")
+    if losses.numel() == 0:
+        return losses.sum()
+    if not denominator > 0:
+        raise ObjectiveError(f"the denominator must be > 0, got {denominator!r}")
+    if reduction == "sequence_mean":
+        if owner is None or owner.shape != losses.shape:
+            found = None if owner is None else tuple(owner.shape)
+            raise ObjectiveError(f"sequence_mean needs owner of shape {tuple(losses.shape)}, got {found}")
+        losses = losses / torch.bincount(owner)[owner].to(losses.dtype)
+    return losses.sum() / denominator
+
+
+__all__ = ["REDUCTIONS", "denominator", "reduce"]

@@ -1,0 +1,372 @@
+"""Checks that every objective must pass, for ours and for yours.
+
+>>> from steerwell.objectives import dpo
+>>> from steerwell.testing import check_objective
+>>> "permutation" in check_objective(dpo, beta=0.5)
+True
+
+The batches are made up from the objective's tensor names: prompts with four completions each. Completion 0 is
+good, 1 is bad, 2 lies between, and 3 is idle: no pair names it and it is no demonstration.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from steerwell.objectives.reduce import reduce
+from steerwell.objectives.table import TENSORS, UNIT_LETTER, Objective, ObjectiveError, get, needs, optional
+
+PER_PROMPT = 4
+FAR = 1e4
+RTOL, ATOL = 1e-9, 1e-11
+
+Batch = dict[str, Tensor]
+
+
+class _Outcome(NamedTuple):
+    losses: Tensor
+    metrics: dict[str, Tensor]
+    gradients: dict[str, Tensor]  # of the plain sum of the losses, by learnt tensor
+
+
+def check_objective(fn: Callable[..., Any] | str, *, seed: int = 0, **hyper: Any) -> tuple[str, ...]:
+    """Run every check that applies and return their names.
+
+    Each is run with the optional tensors and without.
+
+    shape: one loss per unit, nothing reduced, dtype kept, metrics detached and (units,), inputs unchanged.
+    sign: from the start, making the good completion likelier and the bad one less so lowers the loss.
+    extremes: log-probabilities of -1e4 and 0, scores of +-1e4: losses, gradients and metrics stay finite.
+    empty: no completions, or none that counts, gives a sum of 0 that has a gradient, and it is 0.
+    permutation: the order of completions and of pairs does not matter.
+    copies: a batch beside its own copy gives twice the sum, so nothing was divided by a batch size.
+    microbatches: parts (whole prompts each) add up to the whole in value and gradient, if it is decomposable.
+    removal: completions that are masked or in no pair get no gradient and can be left out.
+    gradcheck: float64 gradients equal finite differences, unless the objective is declared a surrogate.
+
+    ``fn`` is an objective or its name and ``hyper`` its hyperparameters. Raises AssertionError that lists
+    every check that failed; ObjectiveError if ``fn`` is no objective or takes a tensor unknown to the table.
+    """
+    objective = get(fn)
+    required = needs(objective, hyper)
+    wanted = (*required, *optional(objective))
+    unknown = [name for name in wanted if name not in TENSORS]
+    if unknown:
+        raise ObjectiveError(f"check_objective cannot make up {unknown[0]!r}; it knows {', '.join(TENSORS)}")
+    if not _learnt(objective, wanted):
+        raise ObjectiveError(f"{objective.__name__} takes none of logps, per_token_logps, scores to learn")
+    checks: dict[str, Callable[..., None]] = {
+        "shape": _check_shape,
+        "sign": _check_sign,
+        "extremes": _check_extremes,
+        "empty": _check_empty,
+        "permutation": _check_permutation,
+        "copies": _check_copies,
+    }
+    if objective.decomposable:
+        checks["microbatches"] = _check_microbatches
+    if objective.mask or "pairs" in wanted:
+        checks["removal"] = _check_removal
+    if not objective.surrogate:
+        checks["gradcheck"] = _check_gradients
+    failures = []
+    for name, check in checks.items():
+        try:
+            for names in dict.fromkeys((required, wanted)):
+                check(objective, names, hyper, seed)
+        except (AssertionError, RuntimeError, IndexError, ValueError, TypeError) as error:
+            failures.append(f"{name}: {' '.join(str(error).split())}")
+    if failures:
+        raise AssertionError(
+            f"{objective.__name__} fails {len(failures)} of the checks\n" + "\n".join(failures)
+        )
+    return tuple(checks)
+
+
+def made_up(names: tuple[str, ...], *, prompts: int = 3, seed: int = 0, at_start: bool = False) -> Batch:
+    """Float64 tensors by name for ``prompts`` prompts of four completions. Raises KeyError for unknown names.
+
+    ``at_start``: policy, reference and sampling policy agree, and kl is 0, as on the first step of a run.
+    """
+    g = torch.Generator().manual_seed(seed)
+    n = prompts * PER_PROMPT
+    place = torch.arange(n) % PER_PROMPT
+    lengths = torch.randint(1, 5, (n,), generator=g)
+    owner = torch.repeat_interleave(torch.arange(n), lengths)
+
+    def normal(size: int) -> Tensor:
+        return torch.randn(size, generator=g, dtype=torch.float64)
+
+    def summed(x: Tensor) -> Tensor:
+        return torch.zeros(n, dtype=torch.float64).index_add(0, owner, x)
+
+    policy = -normal(len(owner)).square() - 0.05
+    apart = 0.0 if at_start else 1.0
+    ref, old = (policy + apart * spread * normal(len(owner)) for spread in (0.5, 0.15))
+    quality = torch.tensor([1.0, -1.0, 0.2, -0.3], dtype=torch.float64)[place]
+    first = torch.arange(prompts) * PER_PROMPT
+    everything = {
+        "logps": summed(policy),
+        "ref_logps": summed(ref),
+        "old_logps": summed(old),
+        "lengths": lengths.double(),
+        "pairs": torch.cat([torch.stack([first + a, first + b]) for a, b in ((0, 1), (0, 2), (2, 1))], dim=1),
+        "pair_probs": 0.6 + 0.4 * torch.rand(3 * prompts, generator=g, dtype=torch.float64),
+        "labels": quality > 0,
+        "ranks": torch.tensor([0, 3, 1, 2])[place],
+        "scores": 2 * quality + 0.1 * normal(n),
+        "rewards": 2 * quality + 0.1 * normal(n),
+        "group": torch.arange(n) // PER_PROMPT,
+        "advantages": quality * (0.5 + torch.rand(n, generator=g, dtype=torch.float64)),
+        "demonstrations": (place == 0) | (place == 2),
+        "kl": torch.tensor(0.3 * apart, dtype=torch.float64),
+        "per_token_logps": policy,
+        "ref_per_token_logps": ref,
+        "old_per_token_logps": old,
+        "owner": owner,
+    }
+    return {name: everything[name] for name in dict.fromkeys((*names, "lengths", "owner", "group"))}
+
+
+def take(batch: Batch, index: Tensor) -> tuple[Batch, dict[str, Tensor]]:
+    """The completions ``index`` in that order, with their tokens, and the pairs that lie within.
+
+    Also returns, by shape letter, the positions in ``batch`` that were taken ("N", "S", "M").
+    """
+    n = len(batch["lengths"])
+    place = torch.full((n,), -1)
+    place[index] = torch.arange(len(index))
+    owned = [torch.nonzero(batch["owner"] == i).flatten() for i in index.tolist()]
+    tokens = torch.cat(owned) if owned else torch.zeros(0, dtype=torch.long)
+    pairs = place[batch["pairs"]] if "pairs" in batch else torch.zeros(2, 0, dtype=torch.long)
+    inside = torch.nonzero((pairs >= 0).all(0)).flatten()
+    taken = {"N": index, "S": tokens, "M": inside}
+    out: Batch = {}
+    for name, x in batch.items():
+        shape = TENSORS[name].shape
+        out[name] = x if not shape else pairs[:, inside] if name == "pairs" else x[taken[shape[0]]]
+    out["owner"] = place[out["owner"]]
+    return out, taken
+
+
+def _learnt(objective: Objective, names: tuple[str, ...]) -> tuple[str, ...]:
+    return tuple(
+        name
+        for name in (("scores",) if objective.kind == "reward" else ("logps", "per_token_logps"))
+        if name in names
+    )
+
+
+def _evaluate(
+    objective: Objective, names: tuple[str, ...], batch: Batch, hyper: Mapping[str, Any]
+) -> _Outcome:
+    given = {name: batch[name].clone() for name in names}
+    learnt = {name: given[name].requires_grad_() for name in _learnt(objective, names)}
+    losses, metrics = objective(**given, **hyper)
+    gradients = torch.autograd.grad(losses.sum(), list(learnt.values()), allow_unused=True)
+    named = {
+        name: torch.zeros_like(x) if gradient is None else gradient
+        for (name, x), gradient in zip(learnt.items(), gradients, strict=True)
+    }
+    return _Outcome(losses.detach(), metrics, named)
+
+
+def _close(actual: Tensor, expected: Tensor, what: str) -> None:
+    torch.testing.assert_close(actual, expected, rtol=RTOL, atol=ATOL, msg=lambda text: f"{what}: {text}")
+
+
+def _counted(objective: Objective, batch: Batch) -> Tensor:
+    """Positions of the units that the losses stand for, in the objective's unit."""
+    if objective.unit == "pair":
+        return torch.arange(batch["pairs"].shape[1])
+    within = torch.ones(len(batch["lengths"]), dtype=torch.bool)
+    if objective.mask:
+        within = batch[objective.mask]
+    return torch.nonzero(within if objective.unit == "completion" else within[batch["owner"]]).flatten()
+
+
+def _check_shape(objective: Objective, names: tuple[str, ...], hyper: Mapping[str, Any], seed: int) -> None:
+    batch = made_up(names, seed=seed)
+    given = {name: batch[name].clone() for name in names}
+    for name in _learnt(objective, names):
+        given[name].requires_grad_()
+    losses, metrics = objective(**given, **hyper)
+    count = len(_counted(objective, batch))
+    assert losses.shape == (count,), (
+        f"losses must have shape ({count},), one per {objective.unit}, got {tuple(losses.shape)}"
+    )
+    assert losses.dtype == torch.float64, f"float64 in, {losses.dtype} out"
+    assert losses.requires_grad, "the losses have no gradient"
+    for name, metric in metrics.items():
+        assert metric.dim() == 1, f"metric {name} must be unreduced, got shape {tuple(metric.shape)}"
+        assert not metric.requires_grad, f"metric {name} must be detached"
+        assert torch.isfinite(metric).all(), f"metric {name} is not finite"
+    for name in names:
+        assert torch.equal(given[name], batch[name]), f"{name} was changed in place"
+
+
+def _check_sign(objective: Objective, names: tuple[str, ...], hyper: Mapping[str, Any], seed: int) -> None:
+    whole = made_up(names, prompts=4, seed=seed, at_start=True)
+    place = torch.arange(len(whole["lengths"])) % PER_PROMPT
+    batch, _ = take(whole, torch.nonzero(place < 2).flatten())
+    n = len(batch["lengths"])
+    if "pair_probs" in batch:  # a soft label may be content with less than the margin of the batch
+        batch["pair_probs"] = torch.ones_like(batch["pair_probs"])
+    slope = torch.zeros(n, dtype=torch.float64)
+    for name, gradient in _evaluate(objective, names, batch, hyper).gradients.items():
+        by_token = TENSORS[name].shape == ("S",)
+        slope.index_add_(0, batch["owner"] if by_token else torch.arange(n), gradient)
+    good, bad = slope[0::2], slope[1::2]
+    assert (good - bad < 0).all(), f"the loss rises towards the better completion: slopes {good - bad}"
+    if "pairs" not in names and {"labels", "advantages", "demonstrations"} & set(names):
+        assert (good <= 0).all(), f"the loss rises when a good completion gets likelier: slopes {good}"
+        assert (bad >= 0).all(), f"the loss falls when a bad completion gets likelier: slopes {bad}"
+
+
+def _check_extremes(
+    objective: Objective, names: tuple[str, ...], hyper: Mapping[str, Any], seed: int
+) -> None:
+    for turn in range(3):
+        batch = made_up(names, prompts=8, seed=seed + turn)
+        g = torch.Generator().manual_seed(seed + turn)
+        for name, x in batch.items():
+            coin = torch.rand(x.shape, generator=g) < 0.5
+            if name.endswith("logps"):
+                batch[name] = torch.where(coin, -FAR, 0.0).float()
+            elif name == "scores" and objective.kind == "reward":
+                batch[name] = torch.where(coin, -FAR, FAR).float()
+            elif name == "kl":
+                batch[name] = torch.tensor([FAR, -FAR, 0.0][turn])
+            elif x.is_floating_point():
+                batch[name] = x.float()
+        outcome = _evaluate(objective, names, batch, hyper)
+        assert torch.isfinite(outcome.losses).all(), "a loss is not finite"
+        for name, x in outcome.gradients.items():
+            assert torch.isfinite(x).all(), f"the gradient of {name} is not finite"
+        for name, x in outcome.metrics.items():
+            assert torch.isfinite(x).all(), f"metric {name} is not finite"
+
+
+def _check_empty(objective: Objective, names: tuple[str, ...], hyper: Mapping[str, Any], seed: int) -> None:
+    batch = made_up(names, seed=seed)
+    nothing, _ = take(batch, torch.zeros(0, dtype=torch.long))
+    batches = [nothing]
+    if objective.mask:
+        batches.append({**batch, objective.mask: torch.zeros_like(batch[objective.mask])})
+    if objective.unit == "pair":
+        batches.append({**batch, "pairs": batch["pairs"][:, :0]})
+        if "pair_probs" in batch:
+            batches[-1]["pair_probs"] = batch["pair_probs"][:0]
+    for empty in batches:
+        outcome = _evaluate(objective, names, empty, hyper)
+        assert outcome.losses.numel() == 0, f"losses for nothing: {outcome.losses}"
+        for name, gradient in outcome.gradients.items():
+            assert not gradient.any(), f"nothing counts, yet {name} gets a gradient"
+
+
+def _check_permutation(
+    objective: Objective, names: tuple[str, ...], hyper: Mapping[str, Any], seed: int
+) -> None:
+    batch = made_up(names, seed=seed)
+    before = _evaluate(objective, names, batch, hyper)
+    g = torch.Generator().manual_seed(seed)
+    shuffled, taken = take(batch, torch.randperm(len(batch["lengths"]), generator=g))
+    if "pairs" in batch:
+        order = torch.randperm(batch["pairs"].shape[1], generator=g)
+        taken["M"] = taken["M"][order]
+        shuffled["pairs"] = shuffled["pairs"][:, order]
+        if "pair_probs" in batch:
+            shuffled["pair_probs"] = shuffled["pair_probs"][order]
+    after = _evaluate(objective, names, shuffled, hyper)
+    for name, gradient in before.gradients.items():
+        moved = gradient[taken[TENSORS[name].shape[0]]]
+        _close(after.gradients[name], moved, f"gradient of {name} after a permutation")
+    if objective.decomposable:
+        place = torch.zeros(int(taken[UNIT_LETTER[objective.unit]].numel()), dtype=torch.long)
+        counted = _counted(objective, batch)
+        place[counted] = torch.arange(len(counted))
+        origin = taken[UNIT_LETTER[objective.unit]][_counted(objective, shuffled)]
+        _close(after.losses, before.losses[place[origin]], "losses after a permutation")
+    else:
+        _close(after.losses.sum(), before.losses.sum(), "sum of losses after a permutation")
+
+
+def _check_copies(objective: Objective, names: tuple[str, ...], hyper: Mapping[str, Any], seed: int) -> None:
+    batch = made_up(names, seed=seed)
+    n = len(batch["lengths"])
+    double: Batch = {}
+    for name, x in batch.items():
+        shift = n if name in ("pairs", "owner", "group") else 0
+        double[name] = torch.cat([x, x + shift if shift else x], dim=-1) if TENSORS[name].shape else x
+    once = _evaluate(objective, names, batch, hyper).losses.sum()
+    twice = _evaluate(objective, names, double, hyper).losses.sum()
+    _close(twice, 2 * once, "sum of a batch beside its copy")
+
+
+def _check_microbatches(
+    objective: Objective, names: tuple[str, ...], hyper: Mapping[str, Any], seed: int
+) -> None:
+    batch = made_up(names, prompts=4, seed=seed)
+
+    def step(part: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        given = {name: part[name].clone() for name in names}
+        learnt = {name: given[name].requires_grad_() for name in _learnt(objective, names)}
+        losses, _ = objective(**given, **hyper)
+        owner = part["owner"][_counted(objective, part)] if objective.unit == "token" else None
+        value = reduce(losses, objective.reduction, owner=owner, denominator=7.0)
+        gradients = torch.autograd.grad(value, list(learnt.values()))
+        return value.detach(), dict(zip(learnt, gradients, strict=True))
+
+    value, gradients = step(batch)
+    total = torch.zeros((), dtype=torch.float64)
+    gathered = {name: torch.zeros_like(x) for name, x in gradients.items()}
+    for prompts in ([0], [3, 1], [2]):
+        index = torch.cat([torch.nonzero(batch["group"] == p).flatten() for p in prompts])
+        part, taken = take(batch, index)
+        part_value, part_gradients = step(part)
+        total = total + part_value
+        for name, x in part_gradients.items():
+            gathered[name][taken[TENSORS[name].shape[0]]] += x
+    _close(total, value, "sum over micro-batches")
+    for name, x in gradients.items():
+        _close(gathered[name], x, f"gradient of {name} over micro-batches")
+
+
+def _check_removal(objective: Objective, names: tuple[str, ...], hyper: Mapping[str, Any], seed: int) -> None:
+    batch = made_up(names, seed=seed)
+    idle = torch.ones(len(batch["lengths"]), dtype=torch.bool)
+    if "pairs" in names:
+        idle[batch["pairs"].flatten()] = False
+    if objective.mask:
+        idle &= ~batch[objective.mask]
+    outcome = _evaluate(objective, names, batch, hyper)
+    for name, gradient in outcome.gradients.items():
+        masked = idle if TENSORS[name].shape == ("N",) else idle[batch["owner"]]
+        assert not gradient[masked].any(), f"{name} of completions that do not count gets a gradient"
+    fewer, _ = take(batch, torch.nonzero(~idle).flatten())
+    _close(
+        _evaluate(objective, names, fewer, hyper).losses,
+        outcome.losses,
+        "losses without the idle completions",
+    )
+
+
+def _check_gradients(
+    objective: Objective, names: tuple[str, ...], hyper: Mapping[str, Any], seed: int
+) -> None:
+    batch = made_up(names, prompts=2, seed=seed)
+    learnt = _learnt(objective, names)
+
+    def losses(*values: Tensor) -> Tensor:
+        given = {name: batch[name] for name in names} | dict(zip(learnt, values, strict=True))
+        return objective(**given, **hyper)[0]
+
+    inputs = [batch[name].clone().requires_grad_() for name in learnt]
+    torch.autograd.gradcheck(losses, inputs, eps=1e-6, atol=1e-6, rtol=1e-5)
+
+
+__all__ = ["check_objective", "made_up", "take"]

@@ -1,0 +1,297 @@
+"""The steps of a run: the same ones for every objective, for recorded data and for rollouts.
+
+A step takes its items, runs them forward and backward, updates, and writes one line of figures. What a step
+does depends on the weights, the moments and the step's number alone, so a run can be continued from any
+checkpoint."""
+
+from __future__ import annotations
+
+import math
+import signal
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from steerwell.models.load import Policy, RewardModel
+from steerwell.train.checkpoint import (
+    latest_checkpoint,
+    load_tensors,
+    optimizer_tensors,
+    restore_optimizer,
+    save_checkpoint,
+)
+from steerwell.train.config import TrainConfig
+from steerwell.train.items import Item, Progress, prepare, set_advantages
+from steerwell.train.metrics import MetricsFile, Totals
+from steerwell.train.preflight import StartChecks
+from steerwell.train.provide import Provider
+from steerwell.train.rundir import RunDir, TrainingError
+from steerwell.train.sources import Source, derived_seed, rollout_figures, shuffled
+from steerwell.train.step import kl_figures, run_items, suspects
+from steerwell.train.terms import Term, check_data
+
+Watch = Callable[[int, Any, Mapping[str, float]], Mapping[str, float] | None]
+
+
+@dataclass
+class Run:
+    """Everything that the steps of a run work with."""
+
+    trained: Policy | RewardModel
+    terms: list[Term]
+    config: TrainConfig
+    provider: Provider
+    folder: RunDir
+    optimizer: torch.optim.Optimizer
+    steps: int
+    items: list[Item]
+    stream: int  # groups seen in the whole run, with repetition
+    eval_items: list[Item]
+    source: Source | None = None
+    watch: Watch | None = None
+    progress: Progress | None = None
+    tokens: int = 0
+    rollout: tuple[int, list[Item], dict[str, float]] = field(default_factory=lambda: (-1, [], {}))
+
+    @property
+    def names(self) -> dict[Tensor, str]:
+        """The trainable parameters and their names (a tied weight once)."""
+        return {p: name for name, p in self.trained.model.named_parameters() if p.requires_grad}
+
+    @property
+    def updates(self) -> int:
+        """Optimizer steps per set of rollouts; checkpoints are made at multiples of it."""
+        return 1 if self.source is None else self.source.updates
+
+
+def fit(run: Run) -> None:
+    """Do the steps of a run from where its folder stands, and save the model.
+
+    Raises :class:`TrainingError` for a loss that is not finite (naming the prompts; the last good state is
+    kept as a checkpoint) and for a failed check at the first step; KeyboardInterrupt after Ctrl-C, when the
+    state is on disk.
+    """
+    start, metrics = _restore(run)
+    every = run.config.checkpoint_every or math.ceil(run.steps / 10)
+    saved = start
+    try:
+        with _interruptible() as asked:
+            if start == 0:
+                _look(run, 0, metrics, {}, always=True)
+            for step in range(start, run.steps):
+                _set_rate(run, step)
+                try:
+                    figures = _step(run, step)
+                except TrainingError:
+                    if step > saved and step % run.updates == 0:
+                        _save(run, step, metrics)
+                    raise
+                _look(run, step + 1, metrics, figures, always=step + 1 == run.steps)
+                if (
+                    (step + 1) % run.updates == 0
+                    and step + 1 < run.steps
+                    and ((step + 1) // every > saved // every or asked())
+                ):
+                    _save(run, step + 1, metrics)
+                    saved = step + 1
+                    if asked():
+                        raise KeyboardInterrupt
+        metrics.sync()
+        run.trained.save(run.folder.model)
+        run.folder.write(status="done", tokens=run.tokens, steps=run.steps)
+    except KeyboardInterrupt:
+        run.folder.write(status="interrupted", step=saved)
+        raise
+    except TrainingError as error:
+        run.folder.write(status="failed", error=str(error), step=saved)
+        raise
+    finally:
+        metrics.close()
+
+
+def _restore(run: Run) -> tuple[int, MetricsFile]:
+    """Continue from the newest whole checkpoint, or begin; returns the step and the metrics file."""
+    found = latest_checkpoint(run.folder.checkpoints, run.folder.metrics)
+    if found is None:
+        return 0, MetricsFile(run.folder.metrics)
+    path, state, torn = found
+    device = run.provider.device
+    weights = load_tensors(path, "model", device)
+    with torch.no_grad():
+        for parameter, name in run.names.items():
+            parameter.copy_(weights[name])
+    restore_optimizer(run.optimizer, run.names, load_tensors(path, "optimizer", device))
+    run.tokens = state["tokens"]
+    if run.progress is not None:
+        note = f"continued from step {state['step']}"
+        if torn:
+            note += f"; {torn[0].name} was incomplete and is not used"
+        run.progress("train", state["step"], run.steps, note)
+    return state["step"], MetricsFile(run.folder.metrics, state["metrics_bytes"])
+
+
+def _save(run: Run, step: int, metrics: MetricsFile) -> None:
+    names = run.names
+    tensors = {
+        "model": {name: parameter for parameter, name in names.items()},
+        "optimizer": optimizer_tensors(run.optimizer, names),
+    }
+    state = {"tokens": run.tokens, "metrics_bytes": metrics.sync()}
+    try:
+        save_checkpoint(run.folder.checkpoints, step, tensors, state, run.config.keep_checkpoints)
+    except OSError as error:
+        raise TrainingError(
+            f"the checkpoint of step {step} could not be written ({error.strerror}): earlier ones are kept; "
+            "make room and run the same again"
+        ) from error
+    run.folder.write(step=step, tokens=run.tokens)
+
+
+def _step(run: Run, step: int) -> dict[str, float]:
+    """One optimizer step; returns its figures, measured before the update."""
+    items, figures = _items(run, step)
+    totals = Totals()
+    fresh = run.source is not None and step % run.updates == 0
+    checks = StartChecks(run.provider, fresh=fresh, first=step == 0 and not run.config.dropout)
+
+    def observe(tensors: Mapping[str, Tensor]) -> None:
+        checks.look(tensors, totals)
+        if run.source is not None:
+            kl_figures(tensors, totals)
+
+    with _dropout(run, step):
+        outcome = run_items(items, run.terms, run.provider, backward=True, observe=observe)
+    checks.conclude(outcome.parts)
+    parameters = list(run.names)
+    limit = run.config.max_grad_norm
+    norm = torch.nn.utils.clip_grad_norm_(parameters, math.inf if limit is None else limit)
+    loss, grad_norm = torch.stack([outcome.loss, norm.double()]).tolist()
+    if not (math.isfinite(loss) and math.isfinite(grad_norm)):
+        run.optimizer.zero_grad(set_to_none=True)
+        rows = suspects(items, run.terms, run.provider)
+        shown = ", ".join(rows[:5]) + (f" and {len(rows) - 5} more" if len(rows) > 5 else "")
+        what = "loss" if not math.isfinite(loss) else "gradient"
+        raise TrainingError(f"the {what} of step {step + 1} is not finite; prompts: {shown}")
+    run.optimizer.step()
+    run.optimizer.zero_grad(set_to_none=True)
+    run.tokens += sum(item.size for item in items)
+    return {
+        "loss": loss,
+        **outcome.totals.means(),
+        **figures,
+        **totals.means(),
+        "grad_norm": grad_norm,
+        "learning_rate": run.optimizer.param_groups[0]["lr"],
+        "tokens": run.tokens,
+    }
+
+
+def _items(run: Run, step: int) -> tuple[list[Item], dict[str, float]]:
+    """The items of a step, and figures of the rollouts they come from."""
+    if run.source is None:
+        config = run.config
+        places = shuffled(len(run.items), step, config.batch_size, config.seed, run.stream)
+        return [run.items[i] for i in places], {}
+    number = step // run.updates
+    if run.rollout[0] != number:
+        run.rollout = (number, *_roll_out(run, step))
+    return run.rollout[1], run.rollout[2]
+
+
+def _roll_out(run: Run, step: int) -> tuple[list[Item], dict[str, float]]:
+    """Fresh items for an online step. Advantages are taken over all completions of the step with a reward."""
+    assert run.source is not None
+    groups = run.source.step(run.trained, step, run.config.seed)  # type: ignore[arg-type]
+    check_data(run.terms, groups, f"the rollouts of step {step + 1}")
+    config = run.config
+    items = prepare(groups, run.terms, run.trained.tokenizer, config.max_length, config.layout).items
+    for rule in {term.advantages for term in run.terms if term.advantages}:
+        set_advantages(items, rule)
+    return items, rollout_figures(groups)
+
+
+def _look(run: Run, step: int, metrics: MetricsFile, figures: dict[str, float], *, always: bool) -> None:
+    """Evaluate and call the watcher where it is their turn, and write the line of this step."""
+    line = dict(figures)
+    every = run.config.eval_every
+    if run.eval_items and (always or (every is not None and step % every == 0)):
+        outcome = run_items(run.eval_items, run.terms, run.provider, backward=False)
+        line["eval/loss"] = outcome.loss.item()
+        line |= {f"eval/{name}": value for name, value in outcome.totals.means().items()}
+    if run.watch is not None and (always or step % run.config.watch_every == 0):
+        seen = run.watch(step, run.trained, dict(line))
+        line |= {f"watch/{name}": float(value) for name, value in (seen or {}).items()}
+    if line:
+        metrics.write(step, line)
+    if run.progress is not None and step:
+        run.progress("train", step, run.steps, _note(line))
+
+
+def _note(line: Mapping[str, float]) -> str:
+    names = ("loss", "rewards/accuracies", "accuracy", "reward", "eval/loss")
+    return "  ".join(f"{name} {line[name]:.4g}" for name in names if name in line)
+
+
+def rate(step: int, steps: int, config: TrainConfig) -> float:
+    """The share of the peak learning rate at step ``step`` (from 0): warm-up, then the schedule."""
+    rising = math.ceil(config.warmup * steps)
+    if step < rising:
+        return (step + 1) / rising
+    done = (step - rising) / max(1, steps - rising)
+    if config.schedule == "constant":
+        return 1.0
+    falling = 1 - done if config.schedule == "linear" else (1 + math.cos(math.pi * done)) / 2
+    return config.final_lr + (1 - config.final_lr) * falling
+
+
+def _set_rate(run: Run, step: int) -> None:
+    assert run.config.learning_rate is not None
+    for group in run.optimizer.param_groups:
+        group["lr"] = run.config.learning_rate * rate(step, run.steps, run.config)
+
+
+@contextmanager
+def _dropout(run: Run, step: int) -> Iterator[None]:
+    """Dropout for the length of a step, if it is wanted; its noise is a function of (seed, step)."""
+    if not run.config.dropout:
+        yield
+        return
+    devices = [run.provider.device] if run.provider.device.type == "cuda" else []
+    with torch.random.fork_rng(devices):
+        torch.manual_seed(derived_seed(run.config.seed, "dropout", step))
+        run.trained.model.train()
+        try:
+            yield
+        finally:
+            run.trained.model.eval()
+
+
+@contextmanager
+def _interruptible() -> Iterator[Callable[[], bool]]:
+    """Ctrl-C waits for the end of the step, so that its state can be kept; a second one does not wait.
+
+    In another thread than the main one Ctrl-C acts as Python has it.
+    """
+    asked: list[bool] = []
+    if threading.current_thread() is not threading.main_thread():
+        yield lambda: False
+        return
+
+    def on_interrupt(number: int, frame: object) -> None:
+        if asked:
+            raise KeyboardInterrupt
+        asked.append(True)
+
+    before = signal.signal(signal.SIGINT, on_interrupt)
+    try:
+        yield lambda: bool(asked)
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+__all__ = ["Run", "Watch", "fit", "rate"]

@@ -1,0 +1,354 @@
+"""``train``: one call for every objective, recorded data or rollouts, policies and reward models.
+
+It checks everything that can be checked before work starts, takes the run's folder, and hands a
+:class:`~steerwell.train.fit.Run` to :func:`~steerwell.train.fit.fit`, which does the steps. A run is a
+function of its arguments: killed at any moment, the same call continues it to the same weights and the same
+``metrics.jsonl``, byte for byte."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from steerwell.data.errors import InputError
+from steerwell.data.messages import digest
+from steerwell.data.types import CompletionGroup
+from steerwell.models.load import Policy, RewardModel, load_policy, load_reward_model, weights_digest
+from steerwell.objectives.table import hyperparameters
+from steerwell.train.config import (
+    FREE_SETTINGS,
+    LEARNING_RATES,
+    LORA_FACTOR,
+    TrainConfig,
+    parse,
+    split_settings,
+)
+from steerwell.train.fit import Run, Watch, fit
+from steerwell.train.items import Prepared, Progress, items_digest, prepare
+from steerwell.train.provide import REFERENCE_NAMES, Provider, Reference, check_mismatch
+from steerwell.train.rundir import RunDir
+from steerwell.train.sources import Rollouts, Source, derived_seed, passes, steps_in
+from steerwell.train.terms import Spec, Term, check_data, describe, functions_of, make_terms, needed
+
+Model = Policy | RewardModel
+
+
+@dataclass(frozen=True)
+class _Order:
+    """What was asked for, checked before any model is touched."""
+
+    terms: list[Term]
+    config: TrainConfig
+    source: Source | None
+    groups: list[CompletionGroup]
+    eval_groups: list[CompletionGroup]
+    reference: Any
+    watch: Watch | None
+    progress: Progress | None
+
+
+def train(
+    policy: Policy | RewardModel | str | Path,
+    data: Sequence[CompletionGroup] | Source,
+    objective: Spec,
+    *,
+    out: str | Path,
+    eval_data: Sequence[CompletionGroup] | None = None,
+    reference: Policy | str | Path | None = "start",
+    config: TrainConfig | Mapping[str, Any] | None = None,
+    progress: Progress | None = None,
+    watch: Watch | None = None,
+    **settings: Any,
+) -> Any:
+    """Train a policy (or, with a reward objective, a reward model) and save it in ``out/model``.
+
+    ``policy`` is left as it is; the trained copy is returned. Given as a path, it is loaded here and no
+    second copy is kept. ``data`` are groups with resolved targets, or a source such as :func:`rollouts`.
+    ``objective`` is a name, an objective function, or a mixture: a list of (objective, weight) or
+    (objective, weight, hyperparameters). ``reference`` is "start" (the weights the run starts from), a
+    policy or a path, or None. ``settings`` are fields of :class:`TrainConfig` and hyperparameters of the
+    objective, told apart by name.
+
+    ``eval_data`` is measured before the first step, every ``eval_every`` steps and at the end; its figures
+    do not depend on batch size. ``watch(step, model, figures)`` is called at the same ends and every
+    ``watch_every`` steps; the numbers it returns join the metrics. ``progress(stage, done, total, note)``
+    is told how it goes.
+
+    The same call with the same ``out`` continues an interrupted run exactly, and gives a finished one back
+    without work. Raises :class:`InputError` before any work for unknown names, data that lack what the
+    objective takes, pairs of equal tokens, an ``out`` that can't be written or holds another run; raises
+    :class:`TrainingError` for a loss that is not finite and for a failed check at the first step."""
+    order = _order(policy, data, objective, eval_data, reference, config, progress, watch, settings)
+    folder = RunDir(out)
+    try:
+        return _train(policy, order, folder)
+    finally:
+        folder.close()
+
+
+def _order(
+    policy: Any,
+    data: Any,
+    objective: Spec,
+    eval_data: Sequence[CompletionGroup] | None,
+    reference: Any,
+    config: TrainConfig | Mapping[str, Any] | None,
+    progress: Progress | None,
+    watch: Watch | None,
+    settings: Mapping[str, Any],
+) -> _Order:
+    parts = functions_of(objective)
+    known = {name for function, _, _ in parts for name in hyperparameters(function)}
+    own, hyper = split_settings(settings, known)
+    terms = make_terms(parts, hyper)
+    base = config.model_dump(exclude_unset=True) if isinstance(config, TrainConfig) else dict(config or {})
+    made: TrainConfig = parse(TrainConfig, base | own)
+    source = data if isinstance(data, Source) else None
+    groups: list[CompletionGroup] = [] if isinstance(data, Source) else list(data)
+    eval_groups = list(eval_data or [])
+    if source is None:
+        check_data(terms, groups)
+    if eval_data is not None:
+        check_data(terms, eval_groups, "the evaluation data")
+    if reference in (None, "none"):
+        reference = None
+        for term in terms:
+            if REFERENCE_NAMES & set(term.tensors):
+                raise InputError(
+                    f"{term.name} needs a reference, and reference is none", mend='Say reference = "start".'
+                )
+    if isinstance(policy, RewardModel) and terms[0].kind != "reward":
+        raise InputError(f"{terms[0].name} trains a policy, and a reward model was given")
+    _refuse_unused(made, terms, source, eval_data is not None, watch is not None)
+    return _Order(terms, made, source, groups, eval_groups, reference, watch, progress)
+
+
+def _refuse_unused(
+    config: TrainConfig, terms: Sequence[Term], source: Source | None, evaluated: bool, watched: bool
+) -> None:
+    """A setting that would change nothing is an error, never ignored."""
+    given = config.model_fields_set
+    if {"steps", "epochs"} <= given and config.steps is not None:
+        raise InputError("steps and epochs are both given", mend="Give one of the two.")
+    if source is not None and "batch_size" in given:
+        raise InputError("batch_size is not used with rollouts", mend="Say prompts_per_step in rollouts(…).")
+    if source is not None and evaluated:
+        raise InputError(
+            "eval_data is not used with rollouts", mend="Judge samples in a watcher: watch=callable."
+        )
+    if isinstance(source, Rollouts) and needed(terms) & {"pairs", "labels", "demonstrations"}:
+        name = next(t.name for t in terms if {"pairs", "labels", "demonstrations"} & set(t.tensors))
+        raise InputError(
+            f"{name} cannot learn from rollouts: they have scores only",
+            mend="Use grpo, rloo, reinforce or ppo_clip.",
+        )
+    if config.eval_every is not None and not evaluated:
+        raise InputError("eval_every is given without eval_data", mend="Give eval_data.")
+    if "watch_every" in given and not watched:
+        raise InputError("watch_every is given without watch", mend="Give watch=callable.")
+    if "pooling" in given and terms[0].kind != "reward":
+        raise InputError(f"pooling is not used by {terms[0].name}", mend="It is a setting of reward models.")
+
+
+def _train(policy: Any, order: _Order, folder: RunDir) -> Model:
+    reward = order.terms[0].kind == "reward"
+    owned = isinstance(policy, str | Path)
+    given: Model = _load(policy, reward) if owned else policy
+    config = _with_rate(order.config, order.terms, given.model)
+    start = start_digest(given)
+    data = _prepared(order, order.groups, given.tokenizer, config)
+    held_out = _prepared(order, order.eval_groups, given.tokenizer, config)
+    if "kl" in needed(order.terms) and order.source is None:
+        check_mismatch(data.items, config.batch_size)
+    reference = _reference(order, given, start)
+    identity = {
+        "objective": describe(order.terms),
+        "train": config.model_dump(exclude=set(FREE_SETTINGS)),
+        "model": start,
+        "reference": {"kind": reference.kind, "digest": reference.digest},
+        "data": items_digest(data.items) if order.source is None else order.source.identity(),
+        "eval_data": items_digest(held_out.items) if held_out.items else None,
+    }
+    about = {
+        "policy": {"name": given.name, "path": str(given.path) if given.path else None},
+        "data": data.about,
+        "eval_data": held_out.about if held_out.items else None,
+    }
+    state = folder.open(identity, about)
+    if state == "done":
+        if order.progress is not None:
+            order.progress("train", 1, 1, f"{folder.path} holds this run, finished; nothing was trained")
+        return _load(folder.model, reward)
+    trained = _trained(given, reward, owned, config)
+    live = _live_reference(order, reference, given, trained, owned)
+    fit(_run(order, config, data, held_out, trained, live, folder))
+    trained.name, trained.path = folder.path.name, str(folder.model)
+    return trained
+
+
+def _run(
+    order: _Order,
+    config: TrainConfig,
+    data: Prepared,
+    held_out: Prepared,
+    trained: Model,
+    reference: Reference,
+    folder: RunDir,
+) -> Run:
+    """Put the run together; the log-probs of the reference are computed here, once, for recorded data."""
+    names = needed(order.terms)
+    if order.source is not None:
+        steps = config.steps or order.source.steps(config.epochs)
+        stream = 0
+        if reference.kind != "none":
+            names |= {"ref_per_token_logps"}
+    else:
+        steps = config.steps or steps_in(len(data.items), config.batch_size, config.epochs)
+        stream = steps * config.batch_size if config.steps else passes(len(data.items), config.epochs)
+    provider = Provider(
+        model=trained.model,
+        names=frozenset(names),
+        reference=reference,
+        max_tokens=config.max_tokens,
+        layout=config.layout,
+        pooling=trained.recipe.pooling if isinstance(trained, RewardModel) else "last",
+        temperature=1.0 if order.source is None else order.source.temperature,
+        limit=config.max_length or getattr(trained.model.config, "max_position_embeddings", None),
+        device=trained.device,
+    )
+    if order.source is None and names & REFERENCE_NAMES:
+        provider.fill_reference([*data.items, *held_out.items], order.progress)
+    return Run(
+        trained=trained,
+        terms=order.terms,
+        config=config,
+        provider=provider,
+        folder=folder,
+        optimizer=make_optimizer(trained.model, config),
+        steps=steps,
+        items=data.items,
+        stream=stream,
+        eval_items=held_out.items,
+        source=order.source,
+        watch=order.watch,
+        progress=order.progress,
+    )
+
+
+def make_optimizer(model: torch.nn.Module, config: TrainConfig) -> torch.optim.AdamW:
+    """AdamW over the trainable parameters; weight decay (decoupled) only on matrices."""
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": config.weight_decay},
+        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(
+        [group for group in groups if group["params"]],
+        lr=config.learning_rate or 0.0,
+        betas=config.betas,
+        fused=all(p.is_floating_point() for p in parameters),
+    )
+
+
+def _prepared(order: _Order, groups: list[CompletionGroup], tokenizer: Any, config: TrainConfig) -> Prepared:
+    if not groups:
+        return Prepared([], {})
+    return prepare(groups, order.terms, tokenizer, config.max_length, config.layout, order.progress)
+
+
+def _with_rate(config: TrainConfig, terms: Sequence[Term], model: Any) -> TrainConfig:
+    """The configuration with its learning rate filled in by kind, ten times as high with LoRA."""
+    if config.learning_rate is not None:
+        return config
+    kinds = {term.kind for term in terms}
+    if "reward" in kinds:
+        kind = "reward"
+    elif "policy_gradient" in kinds:
+        kind = "policy_gradient"
+    else:
+        kind = "sft" if all(term.name == "sft" for term in terms) else "policy"
+    rate = LEARNING_RATES[kind] * (LORA_FACTOR if hasattr(model, "peft_config") else 1.0)
+    return config.model_copy(update={"learning_rate": rate})
+
+
+def _load(path: str | Path, reward: bool) -> Model:
+    if not reward:
+        return load_policy(path)
+    config = Path(path) / "config.json"
+    classifier = config.is_file() and "ForSequenceClassification" in config.read_text("utf-8")
+    return load_reward_model(path) if classifier else load_policy(path)
+
+
+def _trained(given: Model, reward: bool, owned: bool, config: TrainConfig) -> Model:
+    """The model that will be changed: never the caller's own. A new adapter is drawn anew from the seed, so
+    that a run that is started again before its first checkpoint is the same run."""
+    if reward and not isinstance(given, RewardModel):
+        return RewardModel.from_policy(given, pooling=config.pooling)
+    trained = given if owned else given.copy()
+    if fresh_adapter(trained.model):
+        generator = torch.Generator().manual_seed(derived_seed(config.seed, "adapter", 0))
+        with torch.no_grad():
+            for name, parameter in trained.model.named_parameters():
+                if "lora_A" in name:
+                    bound = parameter.shape[1] ** -0.5
+                    drawn = torch.rand(parameter.shape, generator=generator) * 2 * bound - bound
+                    parameter.copy_(drawn)
+    return trained
+
+
+def _reference(order: _Order, given: Model, start: str) -> Reference:
+    """Which reference the run has; the model of "start" is put in by :func:`_live_reference`."""
+    wanted = order.source is not None or needed(order.terms) & (REFERENCE_NAMES | {"kl"})
+    if order.reference is None or not wanted:
+        return Reference("none")
+    if isinstance(order.reference, str) and order.reference == "start":
+        return Reference("start", start)
+    model = order.reference if isinstance(order.reference, Policy) else load_policy(order.reference)
+    if len(model.tokenizer) != len(given.tokenizer):
+        raise InputError(
+            "the reference has another vocabulary than the policy", mend="Use a reference of the same family."
+        )
+    return Reference("policy", model.digest(), model.model)
+
+
+def _live_reference(
+    order: _Order, reference: Reference, given: Model, trained: Model, owned: bool
+) -> Reference:
+    """Give "start" its model: the adapter switched off where that is the same; the caller's own policy; or a
+    copy. For recorded data the model in training serves, as it is asked before the first update only."""
+    if reference.kind != "start":
+        return reference
+    if fresh_adapter(trained.model):
+        return Reference("start", reference.digest, trained.model, adapter_off=True)
+    if order.source is None and "kl" not in needed(order.terms):
+        return Reference("start", reference.digest, trained.model)
+    model = given.copy().model if owned else given.model
+    return Reference("start", reference.digest, model)
+
+
+def start_digest(given: Model) -> str:
+    """The digest of the weights that decide the run: without a new adapter's, which is drawn from the
+    seed."""
+    if not fresh_adapter(given.model):
+        return given.digest()
+    rest = [(name, p) for name, p in given.model.named_parameters() if "lora_" not in name]
+    shapes = [[n, list(p.shape)] for n, p in given.model.named_parameters() if "lora_" in n]
+    module = torch.nn.Module()
+    for i, (_, parameter) in enumerate(rest):
+        module.register_parameter(f"p{i}", torch.nn.Parameter(parameter.detach(), requires_grad=False))
+    return digest(weights_digest(module), [name for name, _ in rest], shapes)
+
+
+def fresh_adapter(model: Any) -> bool:
+    """Whether the model has LoRA adapters that change nothing yet (all B matrices are zero)."""
+    if not hasattr(model, "peft_config"):
+        return False
+    second = [p for name, p in model.named_parameters() if "lora_B" in name]
+    return bool(second) and all(not p.any() for p in second)
+
+
+__all__ = ["fresh_adapter", "make_optimizer", "train"]

@@ -1,0 +1,80 @@
+"""Figures by example, and the file they go to.
+
+Every figure is a sum and a count over examples, so that a mean does not depend on how the examples were cut
+into batches. ``metrics.jsonl`` has one JSON object a line."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+class Totals:
+    """Running (sum, count) per name, kept as tensors; numbers are fetched once, in :meth:`means`."""
+
+    def __init__(self) -> None:
+        self._sums: dict[str, list[Tensor]] = {}
+        self._counts: dict[str, int] = {}
+
+    def add(self, name: str, values: Tensor) -> None:
+        """Add one value per example (any shape; an empty tensor adds nothing)."""
+        count = values.numel()
+        if count:
+            self._sums.setdefault(name, []).append(values.detach().double().sum())
+            self._counts[name] = self._counts.get(name, 0) + count
+
+    def means(self) -> dict[str, float]:
+        """The mean per name over all examples, in the order of first use. One transfer for all of them."""
+        if not self._sums:
+            return {}
+        sums = torch.stack([torch.stack(parts).sum() for parts in self._sums.values()]).tolist()
+        return {
+            name: total / max(1, self._counts[name]) for (name, total) in zip(self._sums, sums, strict=True)
+        }
+
+
+class MetricsFile:
+    """``metrics.jsonl``: appended line by line; cut back to a known length when a run is continued."""
+
+    def __init__(self, path: Path, length: int = 0) -> None:
+        """Open ``path`` and drop everything behind byte ``length`` (lines that no checkpoint covers)."""
+        self._file = open(path, "ab")  # noqa: SIM115  (closed by close)
+        self._file.truncate(length)
+        self._file.seek(length)
+
+    def write(self, step: int, values: Mapping[str, Any]) -> None:
+        """Write one line. Values that are not finite are written as null: JSON has no NaN."""
+        line = {"step": step, **{name: _plain(value) for name, value in values.items()}}
+        self._file.write((json.dumps(line) + "\n").encode())
+        self._file.flush()
+
+    def sync(self) -> int:
+        """Force what was written to disk; returns the length of the file in bytes."""
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        return self._file.tell()
+
+    def close(self) -> None:
+        """Close the file; a second call does nothing."""
+        self._file.close()
+
+
+def read_metrics(path: str | Path) -> list[dict[str, Any]]:
+    """All lines of a ``metrics.jsonl``."""
+    return [json.loads(line) for line in Path(path).read_text("utf-8").splitlines() if line]
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    return value
+
+
+__all__ = ["MetricsFile", "Totals", "read_metrics"]
