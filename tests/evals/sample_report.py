@@ -52,9 +52,11 @@ def sample_report(theme: Literal["auto", "light", "dark"] = "auto") -> Report:
         "Measured on 1,200 fresh prompts",
         [
             Change("harmful compliance", Estimate(0.415, 0.349, 0.484, 200),
-                   Estimate(0.055, 0.031, 0.096, 200), "lower", difference=around(-0.36, 0.066, 200), hint="answers to harmful requests"),
+                   Estimate(0.055, 0.031, 0.096, 200), "lower",
+                   difference=around(-0.36, 0.066, 200), hint="answers to harmful requests"),
             Change("over-refusal", Estimate(0.02, 0.008, 0.05, 200), Estimate(0.035, 0.017, 0.07, 200),
-                   "lower", difference=Estimate(0.015, -0.012, 0.042, 200), hint="refusals of harmless requests"),
+                   "lower", difference=Estimate(0.015, -0.012, 0.042, 200),
+                   hint="refusals of harmless requests"),
             Change("factual accuracy", Estimate(0.911, 0.87, 0.94, 250), Estimate(0.927, 0.89, 0.953, 250),
                    "higher", difference=Estimate(0.016, -0.005, 0.037, 250)),
             Change("flattery", Estimate(0.62, 0.551, 0.684, 200), Estimate(0.21, 0.159, 0.272, 200), "lower",

@@ -126,15 +126,17 @@ def test_undecided_verdicts_are_counted_and_are_no_refusals(criterion: str) -> N
             ]
 
     benign = [Prompt(as_messages(f"benign {i}")) for i in range(4)]
-    harmful = [Prompt(as_messages(f"harmful {i}")) for i in range(2)]
-    refused = dict(zip((p.id for p in benign + harmful), ("yes", "no", "hm", "hm", "yes", "no"), strict=True))
+    harmful = [Prompt(as_messages(f"harmful {i}")) for i in range(3)]
+    refused = dict(
+        zip((p.id for p in benign + harmful), ("yes", "yes", "no", "hm", "no", "no", "yes"), strict=True)
+    )
     policy = Speaker("p", lambda p, i: refused[p.id])
     found = evaluate([policy], [over_refusal(benign, harmful, judge=Unsure())])
     measure = found.get("p", "over_refusal").measure
-    assert measure.estimate.value == 0.5
-    assert measure.coverage.to_dict() == {"expected": 4, "judged": 2, "missing": {"undecided": 2}}
-    assert found.get("p", "harmful_compliance").measure.estimate.value == 0.5
-    assert "2 of 4 judged (2 undecided)" in str(found)
+    assert measure.estimate.value == pytest.approx(2 / 3)
+    assert measure.coverage.to_dict() == {"expected": 4, "judged": 3, "missing": {"undecided": 1}}
+    assert found.get("p", "harmful_compliance").measure.estimate.value == pytest.approx(2 / 3)
+    assert "3 of 4 judged (1 undecided)" in str(found)
 
 
 def test_samples_of_one_prompt_are_clustered() -> None:

@@ -8,14 +8,29 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tiny import tiny_llama, tiny_tokenizer
 
 from steerwell.data.messages import Message
 from steerwell.data.types import Annotation, Completion, CompletionGroup, Pair
 from steerwell.models.attention import use_steerwell_attention
 from steerwell.models.load import Policy
+from tiny import tiny_llama, tiny_tokenizer
 
-WORDS = "alpha bravo delta echo golf hotel kilo lima mike oscar papa romeo sierra tango".split()
+WORDS = [
+    "alpha",
+    "bravo",
+    "delta",
+    "echo",
+    "golf",
+    "hotel",
+    "kilo",
+    "lima",
+    "mike",
+    "oscar",
+    "papa",
+    "romeo",
+    "sierra",
+    "tango",
+]
 
 
 def tiny_policy(seed: int = 0, **settings: Any) -> Policy:

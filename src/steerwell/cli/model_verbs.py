@@ -201,7 +201,36 @@ def train(
 
     The same command continues an interrupted run; a run that is done is left alone.
     """
-    raise InputError("not yet")
+    from steerwell.train.config import Recipe
+
+    asked = Recipe.from_toml(recipe, overrides or ())
+    places = {"model": words.model_path(asked.model)}
+    if asked.reference not in ("start", "none"):
+        places["reference"] = words.model_path(asked.reference)
+    words.prepare_torch()
+    by_judge = None if asked.judge is None else words.judge(asked.judge)
+    from steerwell.train.recipe import run_recipe
+
+    with show.stages() as progress:
+        done = run_recipe(asked.model_copy(update=places), progress, judge=by_judge)
+    value = {
+        "out": str(done.out),
+        "model": str(done.out / "model"),
+        "status": done.record.get("status"),
+        "wall_seconds": done.record.get("wall_seconds"),
+        "cpu_seconds": done.record.get("cpu_seconds"),
+        "metrics": done.figures,
+        "notes": done.notes,
+    }
+    show.result(value, as_json, lambda: trained_lines(value))
+
+
+def trained_lines(value: dict[str, Any]) -> str:
+    """What a training run came to, for people: notes about the data, the last figures, where the model is."""
+    figures = {k: v for k, v in value["metrics"].items() if isinstance(v, float) or k == "step"}
+    width = max((len(name) for name in figures), default=0)
+    lines = [*value["notes"], *(f"  {name:{width}}  {number:.4g}" for name, number in figures.items())]
+    return "\n".join([*lines, f"model: {value['model']} ({value['wall_seconds'] or 0:.0f} s)"])
 
 
 __all__ = ["judge", "sample", "train"]

@@ -142,7 +142,7 @@ def line_chart(
         lowest
     ]
     gutter = 12 + 7.2 * max(len(short(t)) for t in y_ticks)
-    ends = 14 + (7.4 * max(len(s.label) for s in lines) if direct else 6)
+    ends = 14 + (8.8 * max(len(s.label) for s in lines) if direct else 6)
     frame = _Frame(
         left=gutter,
         right=width - ends,

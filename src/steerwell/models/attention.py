@@ -128,9 +128,8 @@ class _Call:
     def _make_mask(self, window: int | None, dtype: torch.dtype) -> Tensor:
         device = self.starts.device
         at = self.starts[:, None] + torch.arange(self.n_queries, device=device)
-        at = torch.minimum(at, self.sizes[:, None] - 1)[
-            :, :, None
-        ]  # a padded query sees what the last one sees
+        # a padded query sees what the last one sees, so that no row of the mask is empty
+        at = torch.minimum(at, self.sizes[:, None] - 1)[:, :, None]
         key = torch.arange(self.n_keys, device=device)
         seen = key <= at
         if window is not None:

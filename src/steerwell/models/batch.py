@@ -99,8 +99,8 @@ def build(groups: Seq[TokenizedGroup], layout: Layout = "auto") -> Batch:
 def pack(groups: Seq[TokenizedGroup], max_tokens: int, layout: Layout = "auto") -> list[list[int]]:
     """Split groups into micro-batches of at most ``max_tokens`` encoded tokens, groups kept whole.
 
-    A group that is too long by itself gets a micro-batch of its own. Returns indices into ``groups``:
-    first-fit, longest first, so that few micro-batches are needed; ascending inside each and by their first index.
+    A group that is too long by itself gets a micro-batch of its own. Returns indices into ``groups``,
+    ascending inside each micro-batch. First-fit, longest first, so that few micro-batches are needed.
     """
     sizes = [n_tokens(group, layout) for group in groups]
     bins: list[tuple[int, list[int]]] = []

@@ -60,7 +60,8 @@ def reward_scores(model: nn.Module, batch: Batch, pooling: Pooling = "last") -> 
 
 def hidden_states(model: nn.Module, batch: Batch) -> Tensor:
     """The backbone's last hidden states, (T, hidden)."""
-    out = unwrap(model).base_model(
+    backbone: Any = unwrap(model).base_model
+    out = backbone(
         input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False, plan=batch.plan
     )
     return out.last_hidden_state[0]

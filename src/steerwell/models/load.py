@@ -1,7 +1,6 @@
 """Models in and out of directories: policies and reward models in the standard Hugging Face layout.
 
-Only safetensors are read and no code from a model directory is run. Saving is atomic: a directory is whole or it
-is not there.
+Only safetensors are read, and no code from a model directory is run.
 """
 
 from __future__ import annotations
@@ -9,15 +8,12 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
-import os
-import shutil
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from uuid import uuid4
 
 import torch
 from torch import nn
@@ -28,13 +24,21 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
-from transformers.utils import logging as hf_logging
 
 from steerwell.data.errors import InputError, nearest
 from steerwell.data.messages import Message
 from steerwell.data.types import CompletionGroup, Prompt
 from steerwell.models.attention import use_steerwell_attention
 from steerwell.models.batch import build, pack
+from steerwell.models.directory import (
+    check_directory,
+    first_line,
+    quiet,
+    read_json,
+    remembered_digest,
+    save_directory,
+    weights_digest,
+)
 from steerwell.models.forward import (
     Pooling,
     per_token_logps,
@@ -53,8 +57,7 @@ POOLINGS = ("last", "mean")
 
 
 def set_threads(n: int = 1) -> None:
-    """Torch threads of this process. Two processes with two threads each on two cores run many times slower
-    than with one each, so the commands call this with 1."""
+    """Torch threads of this process. Contended threads run many times slower than one, so commands use 1."""
     torch.set_num_threads(n)
 
 
@@ -83,8 +86,8 @@ class Policy:
         return tuple(sorted({i for i in ids if i is not None}))
 
     def digest(self) -> str:
-        """Identity of the weights: equal weights have equal digests. Computed again only when they changed."""
-        self._digest = _remembered_digest(self.model, self._digest)
+        """Identity of the weights: equal weights have equal digests. Computed again when they changed."""
+        self._digest = remembered_digest(self.model, self._digest)
         return self._digest[1]
 
     def sample(
@@ -134,9 +137,10 @@ class Policy:
     def save(self, path: str | Path) -> Path:
         """Write a complete model directory (weights, tokenizer, template), adapters merged; returns its path.
 
-        An older model directory of that name is replaced. Raises :class:`InputError` when something else is there.
+        An older model directory of that name is replaced. Raises :class:`InputError` when something else is
+        there.
         """
-        return _save(merged(self.model), self.tokenizer, Path(path))
+        return save_directory(merged(self.model), self.tokenizer, Path(path))
 
     def copy(self) -> Policy:
         """An independent copy with equal weights, on the same device."""
@@ -173,7 +177,7 @@ class RewardModel:
     def from_policy(
         cls, policy: Policy, *, pooling: Pooling = "last", name: str | None = None
     ) -> RewardModel:
-        """A reward model on a copy of the policy's backbone, with a new head close to zero (always the same one).
+        """A reward model on a copy of the policy's backbone; its new head is close to zero, always the same.
 
         Raises :class:`InputError` for an architecture without a sequence classifier in ``transformers``.
         """
@@ -207,7 +211,7 @@ class RewardModel:
 
     def digest(self) -> str:
         """Identity of the weights and the recipe."""
-        self._digest = _remembered_digest(self.model, self._digest)
+        self._digest = remembered_digest(self.model, self._digest)
         words = json.dumps(asdict(self.recipe), sort_keys=True)
         return hashlib.blake2b((self._digest[1] + words).encode(), digest_size=12).hexdigest()
 
@@ -232,7 +236,7 @@ class RewardModel:
     def save(self, path: str | Path) -> Path:
         """Write a complete model directory with its scoring recipe; see :meth:`Policy.save`."""
         recipe = json.dumps({"version": 1, **asdict(self.recipe)}, indent=2) + "\n"
-        return _save(merged(self.model), self.tokenizer, Path(path), {SCORING_FILE: recipe})
+        return save_directory(merged(self.model), self.tokenizer, Path(path), {SCORING_FILE: recipe})
 
     def copy(self) -> RewardModel:
         """An independent copy with equal weights, on the same device."""
@@ -252,11 +256,11 @@ def load_policy(
     """Load a causal language model from a directory, or by its name on the Hugging Face hub.
 
     ``lora`` adds a new adapter of that rank to every linear layer below the head; then only the adapter is
-    trained, and :meth:`Policy.save` merges it. ``device`` is a GPU where there is one. ``dtype`` is fp32 on a CPU
-    and the saved one elsewhere.
+    trained, and :meth:`Policy.save` merges it. ``device`` is a GPU where there is one. ``dtype`` is fp32 on
+    a CPU and the saved one elsewhere.
 
-    Raises :class:`InputError` for a missing directory, one without config, tokenizer, chat template or safetensors,
-    and an architecture whose layers are not all attention.
+    Raises :class:`InputError` for a missing directory, one without config, tokenizer, chat template or
+    safetensors, and an architecture whose layers are not all attention.
     """
     model, tokenizer = _load(AutoModelForCausalLM, path, device, dtype)
     if lora is not None:
@@ -271,13 +275,13 @@ def load_reward_model(
     dtype: str | torch.dtype | None = None,
     name: str | None = None,
 ) -> RewardModel:
-    """Load a reward model: a sequence classifier with one label. Without a scoring recipe it reads the last token.
+    """Load a reward model: a sequence classifier with one label. Without a recipe it reads the last token.
 
     Raises :class:`InputError` as :func:`load_policy` does, and for a directory that holds a language model.
     """
     local = Path(path).expanduser()
     if (local / "config.json").is_file():
-        config = _read_json(local / "config.json")
+        config = read_json(local / "config.json")
         kinds = [str(kind) for kind in config.get("architectures") or []]
         if kinds and not any("ForSequenceClassification" in kind for kind in kinds):
             raise InputError(
@@ -287,7 +291,7 @@ def load_reward_model(
             )
     recipe = ScoringRecipe()
     if (local / SCORING_FILE).is_file():
-        given = {k: v for k, v in _read_json(local / SCORING_FILE).items() if k != "version"}
+        given = {k: v for k, v in read_json(local / SCORING_FILE).items() if k != "version"}
         try:
             recipe = ScoringRecipe(**given)
         except TypeError as error:
@@ -300,17 +304,19 @@ def load_reward_model(
 def _load(
     kind: Any, path: str | Path, device: str | torch.device | None, dtype: str | torch.dtype | None
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    place = _check_directory(path)
+    place = check_directory(path)
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     dtype = dtype or (torch.float32 if device.type == "cpu" else "auto")
-    with _quiet():
+    with quiet():
         try:
             tokenizer = AutoTokenizer.from_pretrained(place, trust_remote_code=False)
         except (OSError, ValueError, KeyError) as error:
             raise InputError(
-                f"no tokenizer could be loaded ({_first_line(error)})",
+                f"no tokenizer could be loaded ({first_line(error)})"
+                if Path(place).is_dir()
+                else f"no such directory, and no model of this name from the hub ({first_line(error)})",
                 file=path,
-                mend="Put tokenizer.json and tokenizer_config.json into the directory.",
+                mend="Give a directory with tokenizer.json and tokenizer_config.json next to the model.",
             ) from error
         if not tokenizer.chat_template:
             raise InputError("the tokenizer has no chat template", file=path, mend=TEMPLATE_MEND)
@@ -318,7 +324,7 @@ def _load(
             model = kind.from_pretrained(place, dtype=dtype, use_safetensors=True, trust_remote_code=False)
         except (OSError, ValueError, KeyError, RuntimeError) as error:
             raise InputError(
-                f"the model could not be loaded ({_first_line(error)})",
+                f"the model could not be loaded ({first_line(error)})",
                 file=path,
                 mend="It must be a complete Hugging Face directory with safetensors weights.",
             ) from error
@@ -331,45 +337,6 @@ def _load(
         )
     use_steerwell_attention(model)
     return model.to(device).eval(), tokenizer
-
-
-def _check_directory(path: str | Path) -> str:
-    """What ``from_pretrained`` is to be given; raises :class:`InputError` when a directory lacks something."""
-    local = Path(path).expanduser()
-    if not local.is_dir():
-        text = str(path)
-        if isinstance(path, str) and text.count("/") <= 1 and not text.startswith((".", "/", "~")):
-            if "/" in text and not local.exists():
-                return text  # a name on the hub
-        raise InputError(
-            "not a directory" if local.exists() else "no such model directory",
-            file=path,
-            mend="Give a directory in the Hugging Face layout, or a hub name like Qwen/Qwen3-0.6B.",
-        )
-    names = {file.name for file in local.iterdir()}
-    if "config.json" not in names:
-        if "adapter_config.json" in names:
-            what, mend = "an adapter without its base model", "Merge the adapter into its base model first."
-        else:
-            what, mend = "no config.json in this directory", "Name the directory that holds the model itself."
-        raise InputError(what, file=path, mend=mend)
-    if not any(n.endswith(".safetensors") for n in names):
-        pickles = sorted(n for n in names if n.endswith((".bin", ".pt", ".pth")))
-        raise InputError(
-            f"the weights are a pickle ({pickles[0]})" if pickles else "no weights in this directory",
-            file=path,
-            mend="Convert them to safetensors: a pickle can run code when it is read."
-            if pickles
-            else "Put model.safetensors into it.",
-        )
-    if not names & {"tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt"}:
-        raise InputError(
-            "no tokenizer in this directory",
-            file=path,
-            mend="Put tokenizer.json and tokenizer_config.json into it.",
-        )
-    _read_json(local / "config.json")
-    return str(local)
 
 
 def _check_classifier(model: Any, path: Any) -> None:
@@ -403,66 +370,6 @@ def merged(model: Any) -> PreTrainedModel:
     return copy.deepcopy(model).merge_and_unload()
 
 
-def weights_digest(model: nn.Module) -> str:
-    """Hash of all weights by name, type, shape and bytes; tied weights count once."""
-    total = hashlib.blake2b(digest_size=12)
-    seen: set[int] = set()
-    for name, value in sorted(model.state_dict().items()):
-        if value.data_ptr() in seen and value.numel():
-            continue
-        seen.add(value.data_ptr())
-        total.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
-        total.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
-    return total.hexdigest()
-
-
-def _remembered_digest(model: nn.Module, known: tuple[Any, str] | None) -> tuple[Any, str]:
-    # Fused optimizers write without raising the version of a tensor, so the bits are summed as well.
-    state = tuple((p.data_ptr(), p._version, _bit_sum(p)) for p in model.parameters())
-    return known if known is not None and known[0] == state else (state, weights_digest(model))
-
-
-def _bit_sum(value: torch.Tensor) -> int:
-    integers = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[value.element_size()]
-    return int(value.detach().view(integers).sum(dtype=torch.int64))
-
-
-def _save(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    path: Path,
-    files: Mapping[str, str] | None = None,
-) -> Path:
-    path = path.expanduser()
-    if path.exists() and not (
-        path.is_dir() and ((path / "config.json").is_file() or not any(path.iterdir()))
-    ):
-        raise InputError(
-            "something that is not a model is in the way",
-            file=path,
-            mend="Choose another name, or remove it.",
-        )
-    path.parent.mkdir(parents=True, exist_ok=True)
-    fresh = path.parent / f".{path.name}.{uuid4().hex[:8]}.new"
-    old = fresh.with_suffix(".old")
-    try:
-        with _quiet():
-            model.save_pretrained(fresh, safe_serialization=True)
-            tokenizer.save_pretrained(fresh)
-        for name, text in (files or {}).items():
-            (fresh / name).write_text(text, encoding="utf-8")
-        if path.exists():
-            os.replace(path, old)
-        os.replace(fresh, path)
-    except BaseException:
-        if old.exists() and not path.exists():
-            os.replace(old, path)
-        shutil.rmtree(fresh, ignore_errors=True)
-        raise
-    shutil.rmtree(old, ignore_errors=True)
-    return path
-
-
 def _by_group(
     groups: list[TokenizedGroup], values: Callable[[Any], torch.Tensor], device: torch.device, max_tokens: int
 ) -> list[list[float]]:
@@ -486,30 +393,6 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
         model.train(training)
 
 
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """No progress bars and chatter of ``transformers`` inside; put back as they were."""
-    level, bars = hf_logging.get_verbosity(), hf_logging.is_progress_bar_enabled()
-    hf_logging.set_verbosity_error()
-    hf_logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        hf_logging.set_verbosity(level)
-        if bars:
-            hf_logging.enable_progress_bar()
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise InputError(f"not JSON ({_first_line(error)})", file=path, mend="Write it again.") from error
-    if not isinstance(value, dict):
-        raise InputError("not a JSON object", file=path, mend="Write it again.")
-    return value
-
-
 def _pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
     pad = tokenizer.pad_token_id
     return int(pad if pad is not None else ending(tokenizer).stop_id or 0)  # type: ignore[arg-type]
@@ -517,10 +400,6 @@ def _pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
 
 def _name(path: str | Path) -> str:
     return Path(path).name or str(path)
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
 
 
 __all__ = [

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from steerwell import world
-from steerwell.evals.report import Card, Change, Good, Report, Sample, Side, say, signed
+from steerwell.evals.display import Card, Change, Good, Sample, Side, interval, say, signed
+from steerwell.evals.report import Report
 from steerwell.evals.stats import Estimate, paired_difference
 from steerwell.evals.winrate import WinRate, compare_scores
 from steerwell.pipelines.stages import PROPORTIONS, Run, summarize
@@ -246,3 +247,23 @@ _METHOD = {
     "of prompts and the sampling of completions, not the seed of training; docs/world.md shows that spread.",
     "harmful requests": "What they ask for is made of invented words. Nothing harmful is in the data or the model.",
 }
+
+
+def _audit_rows(audit: dict[str, Any]) -> list[list[Any]]:
+    """The audit as rows of words and figures."""
+    return [
+        ["prompts, completions, rankings", f"{audit['prompts']}, {audit['completions']}, {audit['annotations']}"],
+        ["pairs of verdicts by different annotators that agree", _share(audit["agreement"])],
+        ["Krippendorff's alpha", "–" if audit["alpha"] is None else say(audit["alpha"])],
+        ["decided comparisons won by the longer completion", _share(audit["longer"])],
+        ["decided comparisons won by the one shown first", _share(audit["first_shown"])],
+        ["equal texts sampled more than once", str(audit["duplicates"])],
+    ]
+
+
+def _share(value: dict[str, Any]) -> str:
+    found = estimate(value)
+    return f"{say(found.value, 'share')} ({interval(found, 'share')}; n {found.n:,})"
+
+
+__all__ = ["collect", "measured", "samples", "write_report"]

@@ -86,9 +86,9 @@ class Recipe(BaseModel):
     ``data`` and ``eval_data`` are a store or a file that ``load`` reads. ``split`` is used for training and
     ``eval_split`` for the held-out figures (both only with a store; an ``eval_data`` file is used whole).
     ``resolve`` turns annotations into targets: "auto" asks the objective (pairs: majority; labels: labels;
-    scores: mean). Paths are taken from where the command runs. With ``judge`` the run is online: completions
-    are sampled from the policy for the prompts of ``data``, and ``[rollouts]`` holds the sampling settings.
-    """
+    scores: mean), and a table ``[resolve]`` holds a ``rule`` with its settings. Paths are taken from where
+    the command runs. With ``judge`` the run is online: completions are sampled from the policy for the
+    prompts of ``data``, and ``[rollouts]`` holds the sampling settings."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -99,7 +99,7 @@ class Recipe(BaseModel):
     split: str | None = "train"
     eval_split: str | None = "test"
     eval_data: str | None = None
-    resolve: Literal["auto", "majority", "soft", "mean", "labels", "none"] = "auto"
+    resolve: str | dict[str, Any] = "auto"
     reference: str = "start"
     lora: int | None = Field(default=None, ge=1)
     judge: str | None = None

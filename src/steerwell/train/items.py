@@ -25,6 +25,7 @@ from steerwell.objectives import advantages as advantage_table
 from steerwell.train.terms import Term, demonstrations, needed, prune
 
 TOKENIZE_AT_ONCE = 256
+OLD_NAMES = frozenset({"old_per_token_logps", "old_logps"})
 Progress = Callable[[str, int, int, str], None]
 
 
@@ -94,14 +95,17 @@ def _item(group: CompletionGroup, tokens: TokenizedGroup, terms: Seq[Term], layo
     if "pairs" in names:
         _refuse_equal_pairs(group, tokens, prompt_id)
     old: list[float] = []
-    if names & {"old_per_token_logps", "old_logps"}:
+    if names & OLD_NAMES or any(term.kind == "policy_gradient" for term in terms):
         for completion, length in zip(group.completions, lengths, strict=True):
-            if completion.old_logps is None or len(completion.old_logps) < length:
+            if completion.old_logps is not None and len(completion.old_logps) >= length:
+                old += completion.old_logps[:length]
+            elif names & OLD_NAMES:
                 raise InputError(
                     f"a completion of prompt {prompt_id} has no old_logps for its tokens",
                     mend="Sample it with policy.sample, or train on steerwell.rollouts.",
                 )
-            old += completion.old_logps[:length]
+    if len(old) != sum(lengths):
+        old = []
     return Item(
         tokens=tokens,
         prompt_id=prompt_id,
@@ -150,10 +154,10 @@ def gather(items: Seq[Item], names: set[str], device: torch.device) -> dict[str,
     for name in names & {"labels", "demonstrations"}:
         flags = [flag for item in items for flag in getattr(item, name)]
         out[name] = torch.tensor(flags, dtype=torch.bool, device=device)
-    for name in names & {"pair_probs", "rewards", "advantages", "old_per_token_logps"}:
+    for name in names & {"pair_probs", "rewards", "advantages"}:
         out[name] = _floats((value for item in items for value in getattr(item, name)), device)
-    for name in names & {"ref_logps", "ref_per_token_logps"}:
-        if items and getattr(items[0], name):
+    for name in names & {"ref_logps", "ref_per_token_logps", "old_per_token_logps"}:
+        if items and all(getattr(item, name) for item in items):
             out[name] = _floats((value for item in items for value in getattr(item, name)), device)
     return out
 

@@ -47,6 +47,7 @@ class _Order:
     groups: list[CompletionGroup]
     eval_groups: list[CompletionGroup]
     reference: Any
+    lora: int | None
     watch: Watch | None
     progress: Progress | None
 
@@ -60,18 +61,19 @@ def train(
     eval_data: Sequence[CompletionGroup] | None = None,
     reference: Policy | str | Path | None = "start",
     config: TrainConfig | Mapping[str, Any] | None = None,
+    lora: int | None = None,
     progress: Progress | None = None,
     watch: Watch | None = None,
     **settings: Any,
 ) -> Any:
     """Train a policy (or, with a reward objective, a reward model) and save it in ``out/model``.
 
-    ``policy`` is left as it is; the trained copy is returned. Given as a path, it is loaded here and no
-    second copy is kept. ``data`` are groups with resolved targets, or a source such as :func:`rollouts`.
-    ``objective`` is a name, an objective function, or a mixture: a list of (objective, weight) or
-    (objective, weight, hyperparameters). ``reference`` is "start" (the weights the run starts from), a
-    policy or a path, or None. ``settings`` are fields of :class:`TrainConfig` and hyperparameters of the
-    objective, told apart by name.
+    ``policy`` is left as it is; the trained copy is returned. Given as a path (a model or a run directory),
+    it is loaded here, with a new adapter of rank ``lora``, and no second copy is kept. ``data`` are groups
+    with resolved targets, or a source such as :func:`rollouts`. ``objective`` is a name, an objective
+    function, or a mixture: a list of (objective, weight) or (objective, weight, hyperparameters).
+    ``reference`` is "start" (the weights the run starts from), a policy or a path, or None. ``settings``
+    are fields of :class:`TrainConfig` and hyperparameters of the objective, told apart by name.
 
     ``eval_data`` is measured before the first step, every ``eval_every`` steps and at the end; its figures
     do not depend on batch size. ``watch(step, model, figures)`` is called at the same ends and every
@@ -82,7 +84,11 @@ def train(
     without work. Raises :class:`InputError` before any work for unknown names, data that lack what the
     objective takes, pairs of equal tokens, an ``out`` that can't be written or holds another run; raises
     :class:`TrainingError` for a loss that is not finite and for a failed check at the first step."""
-    order = _order(policy, data, objective, eval_data, reference, config, progress, watch, settings)
+    terms, made = checked(objective, config, settings)
+    source = data if isinstance(data, Source) else None
+    groups: list[CompletionGroup] = [] if isinstance(data, Source) else list(data)
+    order = _Order(terms, made, source, groups, list(eval_data or []), reference, lora, watch, progress)
+    _check(policy, order, eval_data is not None)
     folder = RunDir(out)
     try:
         return _train(policy, order, folder)
@@ -90,41 +96,39 @@ def train(
         folder.close()
 
 
-def _order(
-    policy: Any,
-    data: Any,
-    objective: Spec,
-    eval_data: Sequence[CompletionGroup] | None,
-    reference: Any,
-    config: TrainConfig | Mapping[str, Any] | None,
-    progress: Progress | None,
-    watch: Watch | None,
-    settings: Mapping[str, Any],
-) -> _Order:
+def checked(
+    objective: Spec, config: TrainConfig | Mapping[str, Any] | None, settings: Mapping[str, Any]
+) -> tuple[list[Term], TrainConfig]:
+    """The terms of an objective and the configuration, from settings of both; ``settings`` come first.
+
+    Raises :class:`InputError` for an unknown objective, hyperparameter or setting, and for a value that is
+    out of range."""
     parts = functions_of(objective)
-    known = {name for function, _, _ in parts for name in hyperparameters(function)}
-    own, hyper = split_settings(settings, known)
-    terms = make_terms(parts, hyper)
+    own, hyper = split_settings(settings, {name for fn, _, _ in parts for name in hyperparameters(fn)})
     base = config.model_dump(exclude_unset=True) if isinstance(config, TrainConfig) else dict(config or {})
-    made: TrainConfig = parse(TrainConfig, base | own)
-    source = data if isinstance(data, Source) else None
-    groups: list[CompletionGroup] = [] if isinstance(data, Source) else list(data)
-    eval_groups = list(eval_data or [])
-    if source is None:
-        check_data(terms, groups)
-    if eval_data is not None:
-        check_data(terms, eval_groups, "the evaluation data")
-    if reference in (None, "none"):
-        reference = None
+    return make_terms(parts, hyper), parse(TrainConfig, base | own)
+
+
+def _check(policy: Any, order: _Order, evaluated: bool) -> None:
+    """What can be said before a model is touched."""
+    terms = order.terms
+    if order.source is None:
+        check_data(terms, order.groups)
+    if evaluated:
+        check_data(terms, order.eval_groups, "the evaluation data")
+    if order.reference in (None, "none"):
         for term in terms:
-            if REFERENCE_NAMES & set(term.tensors):
+            if {*REFERENCE_NAMES, "kl"} & set(term.tensors):
                 raise InputError(
                     f"{term.name} needs a reference, and reference is none", mend='Say reference = "start".'
                 )
     if isinstance(policy, RewardModel) and terms[0].kind != "reward":
         raise InputError(f"{terms[0].name} trains a policy, and a reward model was given")
-    _refuse_unused(made, terms, source, eval_data is not None, watch is not None)
-    return _Order(terms, made, source, groups, eval_groups, reference, watch, progress)
+    if order.lora is not None and not isinstance(policy, str | Path):
+        raise InputError("lora is for a policy given as a path", mend="Say load_policy(path, lora=…).")
+    if order.lora is not None and terms[0].kind == "reward":
+        raise InputError("reward models are trained in full: lora is not used", mend="Leave lora out.")
+    _refuse_unused(order.config, terms, order.source, evaluated, order.watch is not None)
 
 
 def _refuse_unused(
@@ -157,7 +161,7 @@ def _refuse_unused(
 def _train(policy: Any, order: _Order, folder: RunDir) -> Model:
     reward = order.terms[0].kind == "reward"
     owned = isinstance(policy, str | Path)
-    given: Model = _load(policy, reward) if owned else policy
+    given: Model = _load(policy, reward, order.lora) if owned else policy
     config = _with_rate(order.config, order.terms, given.model)
     start = start_digest(given)
     data = _prepared(order, order.groups, given.tokenizer, config)
@@ -204,6 +208,7 @@ def _run(
     if order.source is not None:
         steps = config.steps or order.source.steps(config.epochs)
         stream = 0
+        names |= {"old_per_token_logps"}
         if reference.kind != "none":
             names |= {"ref_per_token_logps"}
     else:
@@ -275,12 +280,16 @@ def _with_rate(config: TrainConfig, terms: Sequence[Term], model: Any) -> TrainC
     return config.model_copy(update={"learning_rate": rate})
 
 
-def _load(path: str | Path, reward: bool) -> Model:
-    if not reward:
-        return load_policy(path)
-    config = Path(path) / "config.json"
-    classifier = config.is_file() and "ForSequenceClassification" in config.read_text("utf-8")
-    return load_reward_model(path) if classifier else load_policy(path)
+def _load(path: str | Path, reward: bool, lora: int | None = None) -> Model:
+    """A model from its directory, or from a run directory (its ``model``)."""
+    place = Path(path)
+    if not (place / "config.json").is_file() and (place / "model" / "config.json").is_file():
+        place = place / "model"
+    name = str(place) if place.is_dir() else path
+    config = place / "config.json"
+    if reward and config.is_file() and "ForSequenceClassification" in config.read_text("utf-8"):
+        return load_reward_model(name)
+    return load_policy(name, lora=lora)
 
 
 def _trained(given: Model, reward: bool, owned: bool, config: TrainConfig) -> Model:
@@ -303,11 +312,11 @@ def _trained(given: Model, reward: bool, owned: bool, config: TrainConfig) -> Mo
 def _reference(order: _Order, given: Model, start: str) -> Reference:
     """Which reference the run has; the model of "start" is put in by :func:`_live_reference`."""
     wanted = order.source is not None or needed(order.terms) & (REFERENCE_NAMES | {"kl"})
-    if order.reference is None or not wanted:
+    if order.reference in (None, "none") or not wanted:
         return Reference("none")
     if isinstance(order.reference, str) and order.reference == "start":
         return Reference("start", start)
-    model = order.reference if isinstance(order.reference, Policy) else load_policy(order.reference)
+    model = order.reference if isinstance(order.reference, Policy) else _load(order.reference, reward=False)
     if len(model.tokenizer) != len(given.tokenizer):
         raise InputError(
             "the reference has another vocabulary than the policy", mend="Use a reference of the same family."

@@ -1,0 +1,166 @@
+"""Model directories on disk: what one must hold, how it is written, and the identity of weights.
+
+A directory is written under another name and then renamed: it is whole or it is not there.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging as hf_logging
+
+from steerwell.data.errors import InputError
+
+_HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+
+
+def check_directory(path: str | Path) -> str:
+    """What to give ``from_pretrained``; raises :class:`InputError` when the directory lacks something.
+
+    A name like ``owner/model`` goes to the hub, unless a local folder ``owner`` exists: then it is a typing error.
+    """
+    local = Path(path).expanduser()
+    if not local.is_dir():
+        text = str(path)
+        if isinstance(path, str) and _HUB_NAME.fullmatch(text) and not local.parent.is_dir():
+            return text
+        raise InputError(
+            "not a directory" if local.exists() else "no such model directory",
+            file=path,
+            mend="Give a directory in the Hugging Face layout, or a hub name like Qwen/Qwen3-0.6B.",
+        )
+    names = {file.name for file in local.iterdir()}
+    if "config.json" not in names:
+        if "adapter_config.json" in names:
+            what, mend = "an adapter without its base model", "Merge the adapter into its base model first."
+        else:
+            what, mend = "no config.json in this directory", "Name the directory that holds the model itself."
+        raise InputError(what, file=path, mend=mend)
+    if not any(n.endswith(".safetensors") for n in names):
+        pickles = sorted(n for n in names if n.endswith((".bin", ".pt", ".pth")))
+        raise InputError(
+            f"the weights are a pickle ({pickles[0]})" if pickles else "no weights in this directory",
+            file=path,
+            mend="Convert them to safetensors: a pickle can run code when it is read."
+            if pickles
+            else "Put model.safetensors into it.",
+        )
+    if not names & {"tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt"}:
+        raise InputError(
+            "no tokenizer in this directory",
+            file=path,
+            mend="Put tokenizer.json and tokenizer_config.json into it.",
+        )
+    read_json(local / "config.json")
+    return str(local)
+
+
+def save_directory(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    path: Path,
+    files: Mapping[str, str] | None = None,
+) -> Path:
+    path = path.expanduser()
+    if path.exists() and not (
+        path.is_dir() and ((path / "config.json").is_file() or not any(path.iterdir()))
+    ):
+        raise InputError(
+            "something that is not a model is in the way",
+            file=path,
+            mend="Choose another name, or remove it.",
+        )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    fresh = path.parent / f".{path.name}.{uuid4().hex[:8]}.new"
+    old = fresh.with_suffix(".old")
+    try:
+        with quiet():
+            model.save_pretrained(fresh, safe_serialization=True)
+            tokenizer.save_pretrained(fresh)
+        for name, text in (files or {}).items():
+            (fresh / name).write_text(text, encoding="utf-8")
+        if path.exists():
+            os.replace(path, old)
+        os.replace(fresh, path)
+    except BaseException:
+        if old.exists() and not path.exists():
+            os.replace(old, path)
+        shutil.rmtree(fresh, ignore_errors=True)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
+    return path
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """No progress bars and chatter of ``transformers`` inside; put back as they were."""
+    level, bars = hf_logging.get_verbosity(), hf_logging.is_progress_bar_enabled()
+    hf_logging.set_verbosity_error()
+    hf_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        hf_logging.set_verbosity(level)
+        if bars:
+            hf_logging.enable_progress_bar()
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"not JSON ({first_line(error)})", file=path, mend="Write it again.") from error
+    if not isinstance(value, dict):
+        raise InputError("not a JSON object", file=path, mend="Write it again.")
+    return value
+
+
+def weights_digest(model: nn.Module) -> str:
+    """Hash of all weights by name, type, shape and bytes; tied weights count once."""
+    total = hashlib.blake2b(digest_size=12)
+    seen: set[int] = set()
+    for name, value in sorted(model.state_dict().items()):
+        if value.data_ptr() in seen and value.numel():
+            continue
+        seen.add(value.data_ptr())
+        total.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+        total.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return total.hexdigest()
+
+
+def remembered_digest(model: nn.Module, known: tuple[Any, str] | None) -> tuple[Any, str]:
+    # Fused optimizers write without raising the version of a tensor, so the bits are summed as well.
+    state = tuple((p.data_ptr(), p._version, _bit_sum(p)) for p in model.parameters())
+    return known if known is not None and known[0] == state else (state, weights_digest(model))
+
+
+def _bit_sum(value: torch.Tensor) -> int:
+    integers = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[value.element_size()]
+    return int(value.detach().view(integers).sum(dtype=torch.int64))
+
+
+def first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+
+
+__all__ = [
+    "check_directory",
+    "first_line",
+    "quiet",
+    "read_json",
+    "remembered_digest",
+    "save_directory",
+    "weights_digest",
+]

@@ -1,0 +1,85 @@
+"""A reward model as a judge: its scores, its name, run directories, and scores that are no numbers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from steerwell.data.errors import InputError
+from steerwell.data.messages import Message, as_messages
+from steerwell.data.types import Completion, CompletionGroup, Source
+from steerwell.judges import Judge, parse, reward_model
+from steerwell.models.load import RewardModel, load_policy
+from tiny import tiny_policy_dir
+
+
+def groups() -> list[CompletionGroup]:
+    found = []
+    for prompt, texts in (("Hello", ("Hi", "Go away")), ("Bye", ()), ("Why?", ("Because.",))):
+        messages = as_messages(prompt)
+        completions = (
+            Completion(messages, (Message("assistant", t),), Source(index=i)) for i, t in enumerate(texts)
+        )
+        found.append(CompletionGroup(messages, tuple(completions)))
+    return found
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run directory with a reward model in ``model/``."""
+    folder = tmp_path_factory.mktemp("runs") / "rm"
+    policy = load_policy(tiny_policy_dir(folder.parent))
+    RewardModel.from_policy(policy).save(folder / "model")
+    return folder
+
+
+def test_one_score_per_completion(run: Path) -> None:
+    judge = reward_model(run)
+    data = groups()
+    found = judge(data)
+    assert [a.completions for a in found] == [(c.id,) for g in data for c in g.completions]
+    wanted = [score for scores in judge.model.score([data[0], data[2]]) for score in scores]
+    assert [a.value for a in found] == pytest.approx(wanted, abs=1e-6)
+    assert {(a.kind, a.annotator) for a in found} == {("score", judge.name)}
+    assert isinstance(judge, Judge)
+    assert judge([data[1]]) == []
+
+
+def test_the_name_holds_the_weights(run: Path) -> None:
+    judge = reward_model(run)
+    assert judge.name == f"rm:rm@{judge.model.digest()[:10]}"
+    assert (
+        parse(f"rm:{run}").name == judge.name == reward_model(run / "model").name.replace("rm:model", "rm:rm")
+    )
+    assert reward_model(judge.model).name.endswith(judge.name.rpartition("@")[2])
+    changed = reward_model(run).model
+    changed.model.score.weight.data.add_(1.0)
+    assert reward_model(changed).name.rpartition("@")[2] != judge.name.rpartition("@")[2]
+
+
+class Broken:
+    """Scores that are no numbers."""
+
+    name = "broken"
+
+    def digest(self) -> str:
+        return "0" * 24
+
+    def score(self, given: list[CompletionGroup]) -> list[list[float]]:
+        return [[float("nan") if i else 1.5 for i in range(len(g.completions))] for g in given]
+
+
+def test_a_score_that_is_no_number_is_no_verdict() -> None:
+    broken: Any = Broken()
+    found = reward_model(broken)(groups())
+    assert [a.value for a in found] == [1.5, None, 1.5]
+    assert found[1].rationale == "the score was nan"
+
+
+def test_a_policy_or_nothing_at_all_is_no_reward_model(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="not a reward model"):
+        reward_model(tiny_policy_dir(tmp_path))
+    with pytest.raises(InputError, match="no such model directory"):
+        reward_model(tmp_path / "nothing")
