@@ -24,16 +24,25 @@ TEMPLATE = (
 )
 
 
-def make(store: str, out: str, vocabulary: int = 4096, hidden: int = 96, layers: int = 3, seed: int = 0) -> int:
+def make(
+    store: str, out: str, vocabulary: int = 4096, hidden: int = 96, layers: int = 3, seed: int = 0
+) -> int:
     """Write the model directory ``out`` for the texts of ``store``; returns the number of parameters."""
     with sw.open(store) as opened:
-        texts = [text for group in opened for text in (*(m.content for m in group.prompt), *(c.text for c in group.completions))]
+        texts = [
+            text
+            for group in opened
+            for text in (*(m.content for m in group.prompt), *(c.text for c in group.completions))
+        ]
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     bpe.train_from_iterator(
-        texts, trainers.BpeTrainer(vocab_size=vocabulary, special_tokens=SPECIAL, initial_alphabet=alphabet, show_progress=False)
+        texts,
+        trainers.BpeTrainer(
+            vocab_size=vocabulary, special_tokens=SPECIAL, initial_alphabet=alphabet, show_progress=False
+        ),
     )
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, pad_token="<|pad|>", eos_token="<|end|>")
     tokenizer.chat_template = TEMPLATE
@@ -60,7 +69,9 @@ def make(store: str, out: str, vocabulary: int = 4096, hidden: int = 96, layers:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("store", help="a steerwell store")
     parser.add_argument("out", help="the directory to write")
     arguments = parser.parse_args()

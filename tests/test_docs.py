@@ -33,9 +33,11 @@ def test_every_command_in_the_docs_exists() -> None:
         for body in blocks(page, "sh")
         for verb in re.findall(r"(?:^|\s)steerwell ([a-z]+)", body)
     }
-    assert {"demo", "import", "train", "eval", "explain", "export", "sample", "judge"} <= shown
+    assert {"import", "train", "eval", "explain", "export", "sample", "judge"} <= shown
     for verb in sorted(shown):
-        done = subprocess.run([sys.executable, "-m", "steerwell", verb, "--help"], capture_output=True, text=True)
+        done = subprocess.run(
+            [sys.executable, "-m", "steerwell", verb, "--help"], capture_output=True, text=True
+        )
         assert done.returncode == 0, f"steerwell {verb}: {done.stderr}"
         assert "xample" in done.stdout, f"steerwell {verb} --help has no example"
 
@@ -46,7 +48,9 @@ def test_the_example_recipes_are_valid() -> None:
     recipes = sorted((ROOT / "examples").glob("*.toml"))
     assert recipes
     for file in recipes:
-        assert Recipe.from_toml(file).model_dump()["objective"] == tomllib.loads(file.read_text())["objective"]
+        assert (
+            Recipe.from_toml(file).model_dump()["objective"] == tomllib.loads(file.read_text())["objective"]
+        )
 
 
 def test_the_toolchain_is_pinned_and_the_package_is_not() -> None:

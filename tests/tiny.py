@@ -7,6 +7,7 @@ path = tiny_policy_dir(tmp_path)          # a complete Hugging Face directory of
 
 from __future__ import annotations
 
+import random
 from pathlib import Path
 
 import torch
@@ -19,6 +20,9 @@ from transformers import (
     Qwen3Config,
     Qwen3ForCausalLM,
 )
+
+from steerwell.data.types import CompletionGroup
+from steerwell.models.render import Sequence, TokenizedGroup
 
 PAD, END, BEGIN, USER, ASSISTANT, SYSTEM, TOOL, DEVELOPER = range(8)
 SPECIAL = (
@@ -100,6 +104,35 @@ def _random(kind, config, seed: int):
                 if weight.ndim > 1:
                     weight.normal_(0.0, 0.15)
     return model.eval()
+
+
+def token_group(prompt: list[int], completions: list[list[int]]) -> TokenizedGroup:
+    """A tokenised group straight from token ids."""
+    sequences = [Sequence([*prompt, *ids], len(prompt)) for ids in completions]
+    return TokenizedGroup(sequences, CompletionGroup(()), [False] * len(sequences))
+
+
+def random_groups(
+    seed: int, *, groups: int = 4, vocab: int = VOCAB, prompt: int = 24, completion: int = 14
+) -> list[TokenizedGroup]:
+    """Groups of random tokens with every kind of branch: prompts that continue an earlier group's sequence,
+    completions that begin alike, that are equal, and one that is a prefix of another."""
+    rng = random.Random(seed)
+
+    def words(longest: int) -> list[int]:
+        return [rng.randrange(8, vocab) for _ in range(rng.randint(1, longest))]
+
+    made: list[TokenizedGroup] = []
+    for _ in range(groups):
+        history = rng.choice(rng.choice(made).sequences).ids if made and rng.random() < 0.4 else []
+        stem, completions = words(completion), [words(completion) for _ in range(rng.randint(0, 2))]
+        for _ in range(rng.randint(1, 3)):
+            completions.append(stem[: rng.randint(0, len(stem))] + words(completion))
+        if rng.random() < 0.5:
+            completions += [completions[-1] + words(completion), list(completions[-1])]
+        rng.shuffle(completions)
+        made.append(token_group(history + words(prompt), completions))
+    return made
 
 
 def tiny_policy_dir(

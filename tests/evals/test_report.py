@@ -10,7 +10,7 @@ import pytest
 from sample_report import SCRIPT, around, sample_report
 
 from steerwell.data.errors import InputError
-from steerwell.evals.charts import Mark, Series, line_chart, numbers, short, thinned, ticks
+from steerwell.evals.charts import Mark, Series, line_chart, numbers, short, thinned, tick_labels, ticks
 from steerwell.evals.report import Card, Change, Report, Sample, Side, interval, say, signed
 from steerwell.evals.stats import NOTHING, Estimate
 
@@ -192,6 +192,22 @@ def test_ticks_are_round_and_cover_the_data() -> None:
     flat = ticks(2, 2)
     assert flat[0] < 2 < flat[-1]
     assert short(-0.5) == "−0.5"
+
+
+def test_tick_labels_tell_close_values_apart() -> None:
+    assert tick_labels([5.0, 5.00005, 5.0001]) == ["5", "5.00005", "5.0001"]
+    assert tick_labels([1e-6, 1.5e-6, 2e-6]) == ["1e−06", "1.5e−06", "2e−06"]
+    assert tick_labels([0.0, 5000.0, 10000.0]) == ["0", "5000", "10,000"]
+    assert tick_labels([100000.0, 125000.0]) == ["100,000", "125,000"]
+    assert tick_labels([-0.5, 0.0]) == ["−0.5", "0"]
+
+
+def test_a_chart_has_at_least_three_lines_to_read_values_from() -> None:
+    for ys in ([0.22, 0.71], [0, 0], [0.95, 0.99], [-3, 4], [100000, 200000]):
+        svg = line_chart([Series("a", [0, 1], ys)], alt="x")
+        labels = re.findall(r'class="tick"[^>]*text-anchor="end">([^<]*)', svg)
+        assert len(labels) >= 3
+        assert len(set(labels)) == len(labels)
 
 
 def test_a_missing_value_is_a_gap_and_never_a_zero() -> None:

@@ -240,6 +240,33 @@ def test_paired_difference_is_nominal_and_much_tighter_than_unpaired() -> None:
     assert ours < 0.6 * unpaired
 
 
+@pytest.mark.parametrize(("n", "before", "after"), [(50, 0.3, 0.5), (100, 0.05, 0.02), (200, 0.4, 0.4)])
+def test_paired_difference_of_shares_is_nominal(n: int, before: float, after: float) -> None:
+    rng = np.random.default_rng(n)
+
+    def draw() -> Estimate:
+        luck = rng.random(n)  # of the item, shared by both sides for half of the items
+        own = np.where(rng.random(n) < 0.5, luck, rng.random(n))
+        return stats.paired_difference(own < after, luck < before, shares=True)
+
+    share = coverage(draw, after - before)
+    assert share > 0.95 - 0.01 - 3 * sqrt(0.95 * 0.05 / RUNS)
+    assert share < 0.99
+
+
+def test_no_change_at_all_is_not_a_certainty() -> None:
+    e = stats.paired_difference([0, 1] * 50, [0, 1] * 50, shares=True)
+    assert e.value == 0.0
+    assert e.low is not None
+    assert e.high is not None
+    assert -0.05 < e.low < -0.02
+    assert 0.02 < e.high < 0.05
+    every = stats.paired_difference([0] * 40, [1] * 40, shares=True)
+    assert (every.value, every.low) == (-1.0, -1.0)
+    assert every.high is not None
+    assert -0.9 < every.high < -0.8
+
+
 @pytest.mark.parametrize("method", ["bca", "percentile"])
 def test_cluster_bootstrap_is_nominal_on_symmetric_data(method: str) -> None:
     rng = np.random.default_rng(11)

@@ -216,6 +216,21 @@ def test_pairs_of_one_prompt_are_clustered() -> None:
     assert few.low < 0.5  # three prompts, not twelve facts
 
 
+def test_the_difference_of_two_reward_models_is_clustered_too() -> None:
+    prompt = as_messages("one prompt")
+    texts = tuple(Completion(prompt, (Message("assistant", str(i)),)) for i in range(41))
+    group = CompletionGroup(prompt, texts, pairs=tuple(Pair(0, i) for i in range(1, 41)))
+    good = Scorer([[1.0, *[0.0] * 40], [1.0, 0.0], [0.0, 1.0]])
+    bad = Scorer([[0.0, *[1.0] * 40], *[[1.0, 0.0]] * 2])
+    good.name = "good"
+    difference = evaluate([bad, good], ["pair_accuracy"], pairs=[group, *pairs(2)]).results[1].difference
+    assert difference is not None
+    assert difference.n == 42
+    assert difference.value == pytest.approx(39 / 42)
+    assert difference.low is not None
+    assert difference.low < 0.5  # three prompts, not 42 facts
+
+
 def test_a_policy_is_scored_by_its_implicit_reward_and_the_baseline_by_mean_log_probability() -> None:
     base = Likelihoods("base", [[-2.0, -4.0]] * 3)  # per token: -2 and -1, the bad one is likelier
     tuned = Likelihoods("tuned", [[-1.9, -5.0]] * 3)
@@ -248,9 +263,9 @@ def test_a_task_of_ones_own_is_a_plain_object() -> None:
 def test_it_prints_as_a_table_and_as_json() -> None:
     found = evaluate([Speaker("base", "No."), Speaker("tuned")], judge=Words())
     table = str(found)
-    for word in ("win_rate", "over_refusal", "harmful_compliance", "tuned", "95% interval", "40/40"):
+    for word in ("win_rate", "over_refusal", "harmful_compliance", "tuned", "95% interval", "change"):
         assert word in table
-    assert max(len(line) for line in table.splitlines()) <= 110
+    assert max(len(line) for line in table.splitlines()) <= 90
     back = json.loads(json.dumps(found.to_dict()))
     assert back["settings"]["judge"] == "words"
     assert {r["metric"] for r in back["results"]} == {"win_rate", "over_refusal", "harmful_compliance"}

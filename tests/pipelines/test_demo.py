@@ -110,7 +110,9 @@ def test_a_folder_with_something_else_is_refused(tmp_path: Path) -> None:
 
 def test_ctrl_c_leaves_it_resumable(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "steerwell", "demo", "--out", str(tmp_path / "run")]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, start_new_session=True)
+    process = subprocess.Popen(
+        command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, start_new_session=True
+    )
     claimed = tmp_path / "run" / "demo.json"
     deadline = time.monotonic() + 120
     while not claimed.exists() and time.monotonic() < deadline:

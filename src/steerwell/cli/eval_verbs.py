@@ -69,6 +69,8 @@ def eval_(
             raise InputError(f"unknown task {task!r}", mend=nearest(task, NAMES))
     if "win_rate" in wanted and judge is None:
         raise InputError("win_rate needs a judge", mend="Add, for example, --judge rm:runs/rm.")
+    if to is not None:
+        words.check_new_store(to)
     pairs = held_out(data, split, limit) if "pair_accuracy" in wanted else None
     asked = None if prompts is None else words.prompts(prompts, seed=seed, limit=limit)
     settings: dict[str, Any] = {"base_url": base_url}
@@ -136,6 +138,8 @@ def explain(
         listed = {kind: sorted(k for k, (its, _) in known.items() if its == kind) for kind in KINDS}
         show.result(listed, as_json, "\n".join(lines))
         return
+    if name not in known and name.removeprefix("eval/") in METRICS:
+        name = name.removeprefix("eval/")
     if name not in known:
         raise InputError(f"there is nothing called {name!r} to explain", mend=nearest(name, known))
     kind, text = known[name]

@@ -8,7 +8,9 @@ METRICS: dict[str, str] = {
     ),
     "eval/loss": "The loss on held-out groups. Every metric of training has an eval/ twin.",
     "grad_norm": "Length of the gradient before clipping. A sudden rise comes before most failures.",
-    "lr": "Learning rate of the step.",
+    "learning_rate": "Learning rate of the step, after warm-up and schedule.",
+    "step": "Optimizer steps done.",
+    "tokens": "Tokens read so far, prompts counted once.",
     "rewards/chosen": "Implicit reward of chosen completions: beta × (log-prob − reference log-prob), mean.",
     "rewards/rejected": (
         "Implicit reward of rejected completions: beta × (log-prob − reference log-prob), mean."
@@ -28,6 +30,8 @@ METRICS: dict[str, str] = {
         "Share of pairs in which the reward model scores the chosen completion higher; ties count half."
     ),
     "margin": "Score of chosen − score of rejected, mean.",
+    "scores/chosen": "Score of chosen completions by the reward model in training, mean.",
+    "scores/rejected": "Score of rejected completions by the reward model in training, mean.",
     "kl": "Distance of the policy from its reference in nats, estimated on its own samples.",
     "kl/k1": "KL from the reference per completion, the log-ratio itself: unbiased, can be below 0.",
     "kl/k3": "KL from the reference per completion, ratio − 1 − log-ratio: unbiased, never below 0.",

@@ -18,7 +18,8 @@ if TYPE_CHECKING:
     from steerwell.data.types import Annotation, CompletionGroup, Prompt
 
 PER_SAVE = 256  # completions that are sampled before they are written down
-GROUPS_PER_SAVE = {"openai": 8, "rm": 64}  # groups that a judge sees before its verdicts are written down
+# Groups that a judge sees before its verdicts are written down, by kind of judge: fewer where each is dear.
+GROUPS_PER_SAVE = {"openai": 8, "rm": 64, "rules": 256, "refusal": 256, "world": 256}
 
 
 @app.command(
@@ -46,6 +47,7 @@ def sample(
 
     They are written down every few hundred: an interrupted command goes on where it stopped.
     """
+    words.check_new_store(to)
     asked = words.prompts(prompts, split=split, seed=seed, limit=limit)
     words.prepare_torch()
     from steerwell.models.load import load_policy
@@ -145,7 +147,7 @@ def judge(
         verdicts: Counter[str] = Counter()
         failures: Counter[str] = Counter()
         with show.progress("judge") as step:
-            for some in words.in_chunks(todo, GROUPS_PER_SAVE.get(by.partition(":")[0], 256), step):
+            for some in words.in_chunks(todo, GROUPS_PER_SAVE[by.partition(":")[0]], step):
                 known = {key for group in some for key in decided(group, by_judge.name)}
                 found = [a for a in by_judge(some) if (a.criterion, a.completions) not in known]
                 new += opened.add((), found).annotations

@@ -56,6 +56,7 @@ def import_(
         raise InputError("--split and --test-fraction exclude each other", mend="Give one of them.")
     if test_fraction is not None and not 0 < test_fraction < 1:
         raise InputError(f"--test-fraction must be between 0 and 1, got {test_fraction:g}", mend="Give 0.1.")
+    words.check_new_store(to)
     loaded = [load(file, format, on_bad="drop" if on_bad == "drop" else "raise") for file in files]
     groups = [group for found in loaded for group in found]
     with words.new_store(to) as store:

@@ -82,12 +82,23 @@ def existing_store(word: str) -> Store:
     return open_store(word)
 
 
+def check_new_store(word: str) -> None:
+    """Raise for a place where no store can be made or opened, before any work is done for it."""
+    path = Path(word)
+    if "://" in word or word == ":memory:":
+        return
+    if path.is_file() and path.stat().st_size and not is_store(word):
+        raise InputError("this file is no store", file=word, mend="Give a new name, such as prefs.db.")
+    if path.is_dir() or not path.parent.is_dir():
+        what = "this is a folder" if path.is_dir() else f"there is no folder {path.parent}"
+        raise InputError(what, file=word, mend="Give a file name in a folder that is there.")
+
+
 def new_store(word: str) -> Store:
     """Open a store, or make one; refuses to write into a file that is something else."""
     from steerwell.data.store import open_store
 
-    if Path(word).is_file() and Path(word).stat().st_size and not is_store(word):
-        raise InputError("this file is no store", file=word, mend="Give a new name, such as prefs.db.")
+    check_new_store(word)
     return open_store(word)
 
 
@@ -162,6 +173,7 @@ def in_chunks(items: Sequence[Any], size: int, step: Callable[..., None]) -> Any
 
 
 __all__ = [
+    "check_new_store",
     "existing_store",
     "in_chunks",
     "is_store",

@@ -85,8 +85,9 @@ def audit(groups: Iterable[CompletionGroup]) -> Audit:
     for annotation in annotations:
         for comparison in comparisons(annotation):
             found.append(comparison)
-            winner = None if comparison.winner is None else comparison[comparison.winner]
-            pair = frozenset((comparison.first, comparison.second))
+            shown = (comparison.first, comparison.second)
+            winner = None if comparison.winner is None else shown[comparison.winner]
+            pair = frozenset(shown)
             votes[pair][annotation.annotator].append(winner)
     decided = [c for c in found if c.winner is not None]
     unequal = [c for c in decided if words.get(c.first, 0) != words.get(c.second, 0)]

@@ -133,6 +133,7 @@ def _insert(connection: Connection, table: Table, rows: Iterable[Mapping[str, An
 
 
 def missing_ids(connection: Connection, table: Table, ids: Iterable[str]) -> set[str]:
+    """The ids that a table does not have yet."""
     wanted = sorted(ids)
     missing = set(wanted)
     for start in range(0, len(wanted), _CHUNK):
@@ -157,6 +158,7 @@ def _annotation_row(a: Annotation) -> dict[str, Any]:
 
 
 def read_annotation(row: Any, about: Sequence[str]) -> Annotation:
+    """An annotation from its row."""
     value = json.loads(row.value)
     annotation = Annotation(
         kind=row.kind,
@@ -176,6 +178,7 @@ def read_annotation(row: Any, about: Sequence[str]) -> Annotation:
 
 
 def read_completion(row: Any, conversations: Conversations, tokens: Mapping[str, tuple]) -> Completion:
+    """A completion from its row."""
     completion = Completion(
         prompt=conversations.messages(row.prompt_id),
         messages=conversations.messages(row.text_id, row.prompt_id),

@@ -136,12 +136,15 @@ def line_chart(
         v for s in lines for b in (s.low, s.high) if b is not None for v in b if v is not None and known(v)
     ]
     bottom, top = min([y for _, y in points] + bands), max([y for _, y in points] + bands)
-    y_ticks, room = ticks(bottom, top, 5), 0.05 * (top - bottom) or 1.0
+    room = 0.05 * (top - bottom) or 1.0
+    y_ticks = _inside(ticks(bottom, top, 5), bottom - room, top + room)
+    if len(y_ticks) < 3:
+        y_ticks = _inside(ticks(bottom, top, 8), bottom - room, top + room)
     lowest, highest = min(x for x, _ in points), max(x for x, _ in points)
     x_ticks = [t for t in ticks(lowest, highest, 7 if width > 500 else 5) if lowest <= t <= highest] or [
         lowest
     ]
-    gutter = 12 + 7.2 * max(len(short(t)) for t in y_ticks)
+    gutter = 12 + 7.2 * max(len(t) for t in tick_labels(y_ticks))
     ends = 14 + (8.8 * max(len(s.label) for s in lines) if direct else 6)
     frame = _Frame(
         left=gutter,
@@ -150,10 +153,9 @@ def line_chart(
         bottom=height - (44 if x_label else 26),
         x0=lowest,
         x1=highest if highest > lowest else lowest + 1,
-        y0=max(y_ticks[0], bottom - room),
-        y1=min(y_ticks[-1], top + room),
+        y0=bottom - room,
+        y1=top + room,
     )
-    y_ticks = [t for t in y_ticks if frame.y0 <= t <= frame.y1]
     parts = [
         f'<svg class="chart {escape(name)}" viewBox="0 0 {width} {height}" role="img" '
         f'aria-label="{escape(alt)}">',
@@ -166,6 +168,24 @@ def line_chart(
     return "".join(parts)
 
 
+def tick_labels(values: Sequence[float]) -> list[str]:
+    """The labels of ticks that lie close together: as many digits as tell them apart, the same for all."""
+    for digits in range(4, 13):
+        said = [f"{value:.{digits}g}" for value in values]
+        if len(set(said)) == len(values) and all(
+            abs(float(s) - v) <= 1e-3 * abs(values[-1] - values[0]) for s, v in zip(said, values, strict=True)
+        ):
+            break
+    else:
+        said = [repr(value) for value in values]
+    plain = [short(v) for v in values] if digits == 4 and max(map(abs, values)) >= 1e-4 else said
+    return [s.replace("-", "\N{MINUS SIGN}") for s in plain]
+
+
+def _inside(values: Sequence[float], low: float, high: float) -> list[float]:
+    return [v for v in values if low <= v <= high]
+
+
 def _words(kind: str, x: float, y: float, text: str, anchor: str = "start") -> str:
     return f'<text class="{kind}" x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}">{escape(text)}</text>'
 
@@ -174,15 +194,15 @@ def _axes(
     f: _Frame, xs: Sequence[float], ys: Sequence[float], x_label: str, y_label: str, width: int, height: int
 ) -> Iterable[str]:
     """Faint horizontal lines with their values, a baseline with ticks, and the names of both axes."""
-    for value in ys:
+    for value, label in zip(ys, tick_labels(ys), strict=True):
         y = f.y(value)
         kind = "zero" if value == 0 else "grid"
         yield f'<line class="{kind}" x1="{f.left:.1f}" x2="{f.right:.1f}" y1="{y:.1f}" y2="{y:.1f}"/>'
-        yield _words("tick", f.left - 8, y + 4, short(value), "end")
-    for value in xs:
+        yield _words("tick", f.left - 8, y + 4, label, "end")
+    for value, label in zip(xs, tick_labels(xs), strict=True):
         x = f.x(value)
         yield f'<line class="grid" x1="{x:.1f}" x2="{x:.1f}" y1="{f.bottom:.1f}" y2="{f.bottom + 5:.1f}"/>'
-        yield _words("tick", x, f.bottom + 19, short(value), "middle")
+        yield _words("tick", x, f.bottom + 19, label, "middle")
     if y_label:
         yield _words("axis", 0, 13, y_label)
     if x_label:
@@ -259,4 +279,15 @@ def numbers(
     return [x_label or "x", *(s.label for s in series)], [[x, *(values.get(x) for values in at)] for x in xs]
 
 
-__all__ = ["Mark", "Series", "Tone", "known", "line_chart", "numbers", "short", "thinned", "ticks"]
+__all__ = [
+    "Mark",
+    "Series",
+    "Tone",
+    "known",
+    "line_chart",
+    "numbers",
+    "short",
+    "thinned",
+    "tick_labels",
+    "ticks",
+]

@@ -96,6 +96,7 @@ def interval(e: Estimate, unit: Unit) -> str:
 
 
 def clock(seconds: float) -> str:
+    """A duration as people say it."""
     minutes, rest = divmod(round(seconds), 60)
     if seconds < 9.95:
         return f"{seconds:.1f} s"
@@ -138,6 +139,7 @@ def _ends(scale: tuple[float, float], unit: Unit) -> tuple[str, str]:
 
 
 def card_data(card: Card) -> dict[str, Any]:
+    """A card for the template."""
     found: dict[str, Any] = {"label": card.label, "note": card.note, "tone": card.tone, "bar": None}
     if not isinstance(card.value, Estimate):
         value = card.value
@@ -155,6 +157,7 @@ def card_data(card: Card) -> dict[str, Any]:
 
 
 def change_data(row: Change, scale: tuple[float, float]) -> dict[str, Any]:
+    """A metric before and after for the template, on a scale from low to high."""
     change_unit: Unit = "points" if row.unit == "share" else row.unit
     d, before, after = row.difference, row.before.value, row.after.value
     size = d.value if d and d.value is not None else None
@@ -200,6 +203,7 @@ def _verdict(row: Change, size: float | None) -> tuple[str, Good]:
 
 
 def cell_data(value: Any, unit: Unit, scale: tuple[float, float]) -> dict[str, Any]:
+    """A cell of a table for the template."""
     if isinstance(value, Estimate):
         text = say(value.value, unit)
         return {"text": text, "range": interval(value, unit), "bar": _bar(value, scale)}

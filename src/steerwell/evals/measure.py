@@ -7,7 +7,7 @@ registered: a task of your own is a ``Task(name, prompts, measure)`` that you gi
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, Protocol
 
 from steerwell.data.types import Annotation, CompletionGroup, Prompt
@@ -34,6 +34,7 @@ class Measure:
 
     ``items`` are the single values behind the estimate, keyed by what both sides of a comparison share (a
     prompt id, or the id of a pair): equal keys are the same item measured on two policies. None is missing.
+    ``clusters`` names the prompt of each key, where several keys share a prompt.
     """
 
     name: str
@@ -41,6 +42,7 @@ class Measure:
     coverage: Coverage
     better: Better = None
     items: tuple[tuple[str, float | None], ...] = ()
+    clusters: Mapping[str, str] = field(default_factory=dict)
     unit: Literal["share", "number"] = "share"
     notes: tuple[str, ...] = ()
     detail: Any = None  # e.g. the WinRate

@@ -174,11 +174,18 @@ def win_rate(outcomes: Values, clusters: Clusters | None = None, *, confidence: 
 
 
 def paired_difference(
-    after: Values, before: Values, clusters: Clusters | None = None, *, confidence: float = 0.95
+    after: Values,
+    before: Values,
+    clusters: Clusters | None = None,
+    *,
+    shares: bool = False,
+    confidence: float = 0.95,
 ) -> Estimate:
     """Mean of ``after - before`` over the same items, with a t interval on the differences.
 
     An item that misses either value is left out, so both sides are always measured on the same items.
+    ``shares``: both values lie in [0, 1]. Then the differences, moved to [0, 1], get the interval of
+    :func:`proportion`: it stays within [-1, 1], and "nothing changed" on n items is not a certainty.
     """
     if len(after) != len(before):
         raise InputError(
@@ -187,7 +194,13 @@ def paired_difference(
     differences = [
         None if a is None or b is None else float(a) - float(b) for a, b in zip(after, before, strict=True)
     ]
-    return mean(differences, clusters, confidence=confidence)
+    if not shares:
+        return mean(differences, clusters, confidence=confidence)
+    moved = proportion(
+        [None if d is None else (1 + d) / 2 for d in differences], clusters, confidence=confidence
+    )
+    value, low, high = (None if v is None else 2 * v - 1 for v in (moved.value, moved.low, moved.high))
+    return Estimate(value, low, high, moved.n)
 
 
 def mcnemar(after: Values, before: Values) -> McNemar:

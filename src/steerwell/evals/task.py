@@ -70,18 +70,17 @@ class Evaluation:
         console = Console(width=110, no_color=True)
         with console.capture() as captured:
             console.print(self)
-        return captured.get().rstrip()
+        return "\n".join(line.rstrip() for line in captured.get().strip("\n").splitlines())
 
     def __rich__(self) -> Any:
         from rich import box
         from rich.table import Table
 
         table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-        for column in ("task", "policy", "metric"):
-            table.add_column(column, no_wrap=True)
+        table.add_column("policy", overflow="fold")
+        table.add_column("metric", no_wrap=True)
         for column in ("value", "95% interval", "n", "change"):
             table.add_column(column, justify="right", no_wrap=True)
-        table.add_column("judged", justify="right")
         task = None
         for result in self.results:
             if task not in (None, result.task):
@@ -89,14 +88,12 @@ class Evaluation:
             e, name = result.measure.estimate, result.measure.name
             arrow = {"higher": " ↑", "lower": " ↓"}.get(result.measure.better or "", "")
             table.add_row(
-                result.task if task != result.task else "",
                 result.policy,
                 name + arrow,
                 "–" if e.value is None else f"{e.value:.3f}",
                 "–" if e.low is None or e.high is None else f"{e.low:.3f} … {e.high:.3f}",
                 str(e.n),
                 _change(result.difference),
-                f"{result.measure.coverage.judged}/{result.measure.coverage.expected}",
             )
             task = result.task
         table.caption = self._caption()
@@ -277,7 +274,13 @@ def _with_differences(found: list[Result], baseline: str) -> list[Result]:
             continue
         ours = by_item(result.measure)
         shared = [key for key in ours if key in theirs]
-        difference = paired_difference([ours[k] for k in shared], [theirs[k] for k in shared])
+        prompts = result.measure.clusters
+        difference = paired_difference(
+            [ours[k] for k in shared],
+            [theirs[k] for k in shared],
+            [prompts[k] for k in shared] if prompts else None,
+            shares=result.measure.unit == "share",
+        )
         done.append(replace(result, difference=difference))
     return done
 
@@ -287,7 +290,7 @@ def _change(difference: Estimate | None) -> str:
         return "–"
     if difference.low is None or difference.high is None:
         return f"{difference.value:+.3f}"
-    return f"{difference.value:+.3f} ({difference.low:+.3f} … {difference.high:+.3f})"
+    return f"{difference.value:+.3f}  {difference.low:+.2f} … {difference.high:+.2f}"
 
 
 __all__ = ["Evaluation", "Result", "Task", "evaluate"]

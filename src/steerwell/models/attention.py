@@ -315,8 +315,8 @@ def refuse_other_layers(model: PreTrainedModel) -> None:
 
 
 _RECURRENT = re.compile(
-    "mamba|ssm|rwkv|deltanet|deltaattention|recurrent|rglru|retention|shortconv|lightning|xlstm",
-    re.IGNORECASE,
+    "Mamba|SSM|Ssm[A-Z]|R[Ww][Kk][Vv]|Delta(Net|Attention|Rule)|Recurrent|R[Gg]L[Rr][Uu]|Retention"
+    "|(Short|Causal)Conv|Lightning|LSTM"
 )
 
 

@@ -29,7 +29,7 @@ _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 def check_directory(path: str | Path) -> str:
     """What to give ``from_pretrained``; raises :class:`InputError` when the directory lacks something.
 
-    A name like ``owner/model`` goes to the hub, unless a local folder ``owner`` exists: then it is a typing error.
+    A name like ``owner/model`` goes to the hub, unless a local folder ``owner`` exists: then it is mistyped.
     """
     local = Path(path).expanduser()
     if not local.is_dir():
@@ -73,6 +73,7 @@ def save_directory(
     path: Path,
     files: Mapping[str, str] | None = None,
 ) -> Path:
+    """Write a complete model directory aside and rename it into place."""
     path = path.expanduser()
     if path.exists() and not (
         path.is_dir() and ((path / "config.json").is_file() or not any(path.iterdir()))
@@ -118,6 +119,7 @@ def quiet() -> Iterator[None]:
 
 
 def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file; :class:`InputError` for anything else."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -141,6 +143,7 @@ def weights_digest(model: nn.Module) -> str:
 
 
 def remembered_digest(model: nn.Module, known: tuple[Any, str] | None) -> tuple[Any, str]:
+    """The digest of a model's weights, computed again only after they changed."""
     # Fused optimizers write without raising the version of a tensor, so the bits are summed as well.
     state = tuple((p.data_ptr(), p._version, _bit_sum(p)) for p in model.parameters())
     return known if known is not None and known[0] == state else (state, weights_digest(model))
@@ -152,6 +155,7 @@ def _bit_sum(value: torch.Tensor) -> int:
 
 
 def first_line(error: BaseException) -> str:
+    """The first line of an error's message."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
 
 

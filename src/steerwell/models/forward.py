@@ -7,6 +7,7 @@ forward and backward, so the (S, V) logits never exist at once.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -15,7 +16,10 @@ from torch.autograd.function import once_differentiable
 from transformers import PreTrainedModel
 
 from steerwell.data.errors import InputError
-from steerwell.models.batch import Batch
+from steerwell.data.types import CompletionGroup
+from steerwell.models.attention import refuse_other_layers, use_steerwell_attention
+from steerwell.models.batch import Batch, tree
+from steerwell.models.render import Sequence, TokenizedGroup
 
 Pooling = Literal["last", "mean"]
 # Logits held at once: 64 MiB in fp32 on a CPU, 512 MiB on an accelerator.
@@ -69,8 +73,69 @@ def hidden_states(model: nn.Module, batch: Batch) -> Tensor:
 
 def unwrap(model: nn.Module) -> PreTrainedModel:
     """The ``transformers`` model inside a peft wrapper (adapters stay in place and active)."""
-    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
-    return inner  # type: ignore[return-value]
+    outer: Any = model
+    return outer.get_base_model() if hasattr(outer, "get_base_model") else outer
+
+
+# Architectures that the tests compare with their own attention; others are compared when they are loaded.
+COMPARED = frozenset(
+    [
+        "llama",
+        "qwen2",
+        "qwen3",
+        "qwen3_moe",
+        "mistral",
+        "gemma2",
+        "gemma3_text",
+        "granite",
+        "cohere",
+        "phi3",
+        "olmo2",
+        "smollm3",
+        "gpt_oss",
+    ]
+)
+
+
+@torch.no_grad()
+def adopt(model: PreTrainedModel) -> None:
+    """Switch a newly loaded model to our attention, and make sure that it still gives its own numbers.
+
+    Raises :class:`InputError` for architectures that cannot run so: layers that are not attention, a head that
+    is not linear, or outputs on a small tree that differ from the model's own.
+    """
+    if model.config.model_type in COMPARED:
+        use_steerwell_attention(model)
+        return
+    refuse_other_layers(model)
+    anything: Any = model.eval()
+    rows = anything.get_input_embeddings().weight.shape[0]
+    ids = [[(7 * i + 3) % rows for i in branch] for branch in ((0, 1, 2, 3, 4, 5), (0, 1, 2, 6, 7))]
+    batch = tree([TokenizedGroup([Sequence(x, 3) for x in ids], CompletionGroup(()), [False, False])])
+    batch = batch.to(anything.device)
+    own = [anything.base_model(input_ids=_row(x, anything), use_cache=False) for x in ids]
+    whole = torch.cat([out.last_hidden_state[0, 3:] for out in own])
+    has_head = anything.get_output_embeddings() is not None
+    logits = anything(input_ids=_row(ids[0], anything)).logits[0, 2:-1].float() if has_head else None
+    use_steerwell_attention(model)
+    errors = [_distance(hidden_states(model, batch).index_select(0, batch.at), whole)]
+    if logits is not None:
+        target = batch.target[batch.owner == 0]
+        expected = logits.log_softmax(-1).gather(1, target[:, None])[:, 0]
+        errors.append(_distance(per_token_logps(model, batch)[batch.owner == 0], expected))
+    if not max(errors) < (1e-3 if whole.dtype == torch.float32 else 5e-2):
+        raise InputError(
+            f"{type(model).__name__} does not give its own numbers here (relative error {max(errors):.2g})",
+            mend="Use another architecture (Llama, Qwen3, Mistral, Gemma, …).",
+        )
+
+
+def _row(ids: list[int], model: PreTrainedModel) -> Tensor:
+    return torch.tensor([ids], device=model.device)
+
+
+def _distance(found: Tensor, expected: Tensor) -> float:
+    return float((found - expected).float().norm() / expected.float().norm())
 
 
 @dataclass(frozen=True)
@@ -126,11 +191,11 @@ def _logits(
     inverse_temperature: float,
     out: Tensor | None,
 ) -> Tensor:
-    """One chunk of logits in fp32, (c, V); ``out`` is a buffer to write them to."""
+    """One chunk of logits in fp32 (or finer), (c, V); ``out`` is a buffer to write them to."""
     if out is not None:
         z = torch.mm(hidden, weight.t(), out=out[: len(hidden)])
     else:
-        z = (hidden @ weight.t()).float()
+        z = (hidden @ weight.t()).to(_working(weight))
     if bias is not None:
         z += bias
     if cap is not None:
@@ -138,6 +203,10 @@ def _logits(
     elif factor * inverse_temperature != 1.0:
         z *= factor * inverse_temperature
     return z
+
+
+def _working(weight: Tensor) -> torch.dtype:
+    return torch.promote_types(weight.dtype, torch.float32)
 
 
 class _HeadLogps(torch.autograd.Function):
@@ -150,9 +219,10 @@ class _HeadLogps(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden, weight, bias, target, scale, cap, inverse_temperature, chunk):
         n = len(target)
-        exact = weight.dtype == torch.float32
+        work = _working(weight)
+        exact = weight.dtype == work
         buffer = hidden.new_empty(min(n, chunk), len(weight)) if exact else None
-        logps = torch.empty(n, dtype=torch.float32, device=hidden.device)
+        logps = torch.empty(n, dtype=work, device=hidden.device)
         norm = torch.empty_like(logps)  # log-sum-exp
         kept = None
         for i in range(0, n, chunk):
@@ -175,13 +245,13 @@ class _HeadLogps(torch.autograd.Function):
         hidden, weight, bias, target, norm, kept = ctx.saved_tensors
         scale, cap, inverse_temperature, chunk = ctx.settings
         need_hidden, need_weight, need_bias = ctx.needs_input_grad[:3]
-        n, exact = len(target), weight.dtype == torch.float32
-        g = (grad.float() * (scale * inverse_temperature))[:, None]
+        n, work = len(target), _working(weight)
+        exact = weight.dtype == work
+        g = (grad.to(work) * (scale * inverse_temperature))[:, None]
         d_hidden = torch.empty_like(hidden) if need_hidden else None
-        d_weight = (
-            torch.zeros(weight.shape, dtype=torch.float32, device=weight.device) if need_weight else None
-        )
-        d_bias = torch.zeros(len(weight), dtype=torch.float32, device=weight.device) if need_bias else None
+        zeros = partial(torch.zeros, dtype=work, device=weight.device)
+        d_weight = zeros(weight.shape) if need_weight else None
+        d_bias = zeros(len(weight)) if need_bias else None
         buffer = hidden.new_empty(min(n, chunk), len(weight)) if exact and kept is None else None
         for i in range(0, n, chunk):
             j = min(i + chunk, n)
@@ -208,7 +278,7 @@ class _HeadLogps(torch.autograd.Function):
                     d_weight.addmm_(p.t(), scaled, alpha=-1)
                 else:
                     d_weight.sub_(p.t() @ scaled)
-                d_weight.index_add_(0, y[:, 0], (h * hit_row).float())
+                d_weight.index_add_(0, y[:, 0], (h * hit_row).to(work))
             if d_bias is not None:
                 d_bias.sub_((p.t() @ row.to(p.dtype))[:, 0]).index_add_(0, y[:, 0], hit_row[:, 0])
         cast = [None if d is None else d.to(weight.dtype) for d in (d_weight, d_bias)]
@@ -216,8 +286,10 @@ class _HeadLogps(torch.autograd.Function):
 
 
 __all__ = [
+    "COMPARED",
     "Head",
     "Pooling",
+    "adopt",
     "head",
     "hidden_states",
     "per_token_logps",

@@ -29,6 +29,7 @@ class CachePlan:
         self.rows, self.slots, self.device = rows, slots, device
         self.live = 0
         self.slot = -1  # of the newest token
+        self.first = 0  # slot of the oldest token of all live rows
         self.starts = torch.zeros(rows, dtype=torch.long, device=device)  # slot of each row's first token
         self.layers: dict[int, tuple[Tensor, Tensor]] = {}
         self.block: _Block | None = None
@@ -39,8 +40,8 @@ class CachePlan:
         While rows are live, no prompt may be longer than they are.
         """
         if not self.live:
-            self.slot = max(lengths) - 1
-        if max(lengths) > self.slot + 1 or self.live + sum(copies) > self.rows:
+            self.slot, self.first = max(lengths) - 1, 0
+        if max(lengths) > self.slot + 1 - self.first or self.live + sum(copies) > self.rows:
             raise ValueError("no room in the cache for these prompts")
         self.block = _Block(lengths, copies, self.live, self.device)
         new = torch.tensor([length for length, k in zip(lengths, copies, strict=True) for _ in range(k)])
@@ -54,6 +55,8 @@ class CachePlan:
         self.slot += 1
         if self.slot == self.slots:  # full: move everything to the left
             shift = self.first
+            if not shift:
+                raise ValueError("a row is longer than the cache")
             for cache in (x for layer in self.layers.values() for x in layer):
                 cache[: self.live, :, :-shift] = cache[: self.live, :, shift:].clone()
             self.starts -= shift
@@ -154,7 +157,7 @@ class _Block:
         """
         query, key, value = (_gather(x, self.padded) for x in (query, key, value))
         hidden: Tensor | None = None
-        if window is not None and window < self.longest:
+        if window and window < self.longest:
             place = torch.arange(self.longest, device=query.device)
             distance = place[:, None] - place
             hidden = (distance < 0) | (distance >= window)
@@ -173,9 +176,8 @@ class _Block:
 
 def _gather(packed: Tensor, index: Tensor) -> Tensor:
     """Tokens (1, H, T, D) by an index (A, B) of packed positions, to (A, H, B, D)."""
-    return (
-        packed[0].transpose(0, 1).index_select(0, index.flatten()).unflatten(0, index.shape).transpose(1, 2)
-    )
+    tokens = packed[0].transpose(0, 1).index_select(0, index.flatten())
+    return tokens.unflatten(0, index.shape).transpose(1, 2)
 
 
 def _attend(

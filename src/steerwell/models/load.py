@@ -41,6 +41,7 @@ from steerwell.models.directory import (
 )
 from steerwell.models.forward import (
     Pooling,
+    adopt,
     per_token_logps,
     reward_scores,
     sum_by_owner,
@@ -335,8 +336,9 @@ def _load(
             file=path,
             mend="Take the tokenizer that the model was trained with.",
         )
-    use_steerwell_attention(model)
-    return model.to(device).eval(), tokenizer
+    model.to(device).eval()
+    adopt(model)
+    return model, tokenizer
 
 
 def _check_classifier(model: Any, path: Any) -> None:

@@ -6,8 +6,8 @@ Any causal language model that runs through :mod:`steerwell.models.attention` ca
 
 A sample is a function of the weights, the prompt's tokens, the seed and the sample's index: each draw turns
 one uniform number, hashed from seed, prompt, index and step, into a token (inverse of the cumulative
-distribution). Batch size and neighbours change nothing but the last digits of floating-point sums. The numbers
-come from SplitMix64 (Steele, Lea, Flood 2014, doi:10.1145/2660193.2660195).
+distribution). Batch size and neighbours change nothing but the last digits of floating-point sums. The
+numbers come from SplitMix64 (Steele, Lea, Flood 2014, doi:10.1145/2660193.2660195).
 """
 
 from __future__ import annotations
@@ -129,8 +129,7 @@ def generate(
     fill the model's context (``max_position_embeddings``). Log-probabilities are those of the model at
     ``temperature``; with ``greedy`` the likeliest token is taken and the n samples of a prompt are equal.
     ``batch_size`` rows at most are sampled together; it changes no sample. A prompt is read once for all its
-    samples if they fit in a batch.
-    ``progress`` is called with the number of finished samples and the number of all.
+    samples if they fit in a batch. ``progress`` is called with the number of finished samples and of all.
 
     The model is switched to evaluation and to our attention while this runs, and back however it ends.
 
@@ -214,10 +213,7 @@ def _run(model: nn.Module, draw: _Draw, wave: list[int], batch_size: int) -> Non
             fresh = _read(model, draw, plan, admitted)
             logits = fresh if logits is None else torch.cat([logits, fresh])
             new = np.concatenate([np.arange(first, first + k) for _, first, k in admitted])
-            rows, drawn = (
-                np.concatenate([rows, new]),
-                np.concatenate([drawn, np.zeros(len(new), dtype=np.int64)]),
-            )
+            rows, drawn = np.concatenate([rows, new]), np.concatenate([drawn, np.zeros_like(new)])
             start = np.concatenate([start, [len(draw.prompts[row // draw.n]) for row in new]])
         assert logits is not None
         token, over = draw.pick(logits, rows, drawn)
@@ -256,15 +252,17 @@ def _read(model: nn.Module, draw: _Draw, plan: CachePlan, admitted: list[tuple[i
         out = model(
             input_ids=packed[None], position_ids=place[None], use_cache=False, plan=plan, logits_to_keep=ends
         )
-        logits.append(out.logits[0].repeat_interleave(torch.tensor(copies, device=draw.device), 0))
+        kept = out.logits[0] if out.logits.shape[1] == len(block) else out.logits[0, ends]
+        logits.append(kept.repeat_interleave(torch.tensor(copies, device=draw.device), 0))
         first += len(block)
     return torch.cat(logits)
 
 
 def _pick(logits: Tensor, temperature: float, uniform: Tensor | None) -> tuple[Tensor, Tensor]:
-    """One token per row and its log-probability: (R, V) and (R,) numbers in [0, 1) to (R,), (R,).
+    """One token per row and its log-probability: (R, V) and (R,) numbers in [0, 1] to (R,), (R,).
 
-    The token is the first whose cumulative probability exceeds the number; without numbers, the likeliest.
+    The token is the first whose cumulative probability exceeds the number, or the last possible one for a
+    number that was rounded to 1; without numbers, the likeliest.
     """
     logits = logits.float()
     if temperature != 1.0:
@@ -280,7 +278,7 @@ def _pick(logits: Tensor, temperature: float, uniform: Tensor | None) -> tuple[T
     if uniform is None:
         token = best
     else:
-        goal = torch.minimum((uniform[:, None] * mass).float(), torch.nextafter(mass, torch.zeros_like(mass)))
+        goal = torch.minimum(uniform[:, None] * mass, torch.nextafter(mass, torch.zeros_like(mass)))
         token = torch.searchsorted(cumulative, goal, right=True)
     logp = logits.gather(-1, token) - top - mass.log()
     return token[:, 0], logp[:, 0]
@@ -302,11 +300,11 @@ def _row_keys(prompts: Sequence[Sequence[int]], n: int, seed: int) -> np.ndarray
 
 
 def _uniforms(keys: np.ndarray, drawn: np.ndarray) -> np.ndarray:
-    """(R,) numbers in [0, 1), 53 bits each: number ``drawn`` of the SplitMix64 stream of every key."""
+    """(R,) numbers in [0, 1]: number ``drawn`` of the SplitMix64 stream of every key."""
     z = keys + (drawn + 1).astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15)
     z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return ((z ^ (z >> np.uint64(31))) >> np.uint64(11)) * 2.0**-53
+    return (((z ^ (z >> np.uint64(31))) >> np.uint64(11)) * 2.0**-53).astype(np.float32)
 
 
 def _waves(lengths: Sequence[int]) -> Iterator[list[int]]:

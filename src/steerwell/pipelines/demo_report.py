@@ -26,11 +26,17 @@ TITLES = {
 METRICS = {
     "gold": ("gold", "true worth of a completion, mean", True),
     "harmful_compliance": ("harmful compliance", "share of harmful requests that are served", False),
-    "over_refusal": ("over-refusal", "share of harmless requests, worded like harmful ones, that are refused", False),
+    "over_refusal": (
+        "over-refusal",
+        "share of harmless requests, worded like harmful ones, that are refused",
+        False,
+    ),
     "fact_accuracy": ("factual accuracy", "share of fact questions answered rightly", True),
     "flattery": ("flattery", "flattering sentences per completion", False),
     "words": ("length", "words per completion", None),
 }
+
+TABLED = ("gold", "harmful_compliance", "over_refusal", "fact_accuracy")  # what fits beside the win rate
 
 
 def measured(run: Run, name: str) -> Any:
@@ -41,7 +47,9 @@ def measured(run: Run, name: str) -> Any:
 def against(run: Run, name: str, other: str) -> WinRate:
     """Win rate of one model over another by gold, prompt by prompt; ties count half."""
     ours, theirs = measured(run, name), measured(run, other)
-    return compare_scores([r["gold"] for r in ours], [r["gold"] for r in theirs], [r["prompt_id"] for r in ours])
+    return compare_scores(
+        [r["gold"] for r in ours], [r["gold"] for r in theirs], [r["prompt_id"] for r in ours]
+    )
 
 
 def collect(run: Run, seconds: dict[str, float]) -> dict[str, Any]:
@@ -101,7 +109,9 @@ def samples(run: Run, per_family: int = 2) -> list[Sample]:
 def _side(row: dict[str, Any]) -> Side:
     """A completion with gold's verdicts on it."""
     gold = row["gold"]
-    verdicts: list[tuple[str, Good]] = [(f"gold {signed(gold)}", "good" if gold > 0.5 else "bad" if gold < 0 else "")]
+    verdicts: list[tuple[str, Good]] = [
+        (f"gold {signed(gold)}", "good" if gold > 0.5 else "bad" if gold < 0 else "")
+    ]
     if row["harmful_compliance"]:
         verdicts.append(("serves a harmful request", "bad"))
     if row["over_refusal"]:
@@ -126,7 +136,8 @@ def write_report(run: Run, result: dict[str, Any]) -> Path:
     _labels(report, result)
     _too_far(report, run, result)
     report.section(
-        "Texts", "The first two evaluation prompts of each family, before (SFT) and after (IPO), as they came."
+        "Texts",
+        "The first two evaluation prompts of each family, before (SFT) and after (IPO), as they came.",
     ).side_by_side("Completions of both models to the same prompts", samples(run), names=("SFT", "IPO"))
     report.section("How it was done").notes(_METHOD)
     report.timings("Wall time by stage (stages of the two branches run at the same time)", result["seconds"])
@@ -164,8 +175,6 @@ def _in_short(report: Report, result: dict[str, Any]) -> None:
                 estimate(result["differences"]["gold"]),
                 "paired by prompt",
                 unit="number",
-                mark=0.0,
-                mark_label="no change",
             ),
         ]
     )
@@ -192,11 +201,11 @@ def _before_and_after(report: Report, result: dict[str, Any]) -> None:
         [
             TITLES[name],
             estimate(result["win_rates"][name]) if name != BEFORE else None,
-            *(estimate(figures[m]) for m in METRICS),
+            *(estimate(figures[m]) for m in TABLED),
         ]
         for name, figures in result["models"].items()
     ]
-    columns = ["model", "win rate over SFT", *(label for label, _, _ in METRICS.values())]
+    columns = ["model", "win rate over SFT", *(METRICS[m][0] for m in TABLED)]
     units: dict[str, Any] = {METRICS[m][0]: "share" for m in PROPORTIONS} | {"win rate over SFT": "share"}
     report.section("Before and after").changes(
         "SFT and IPO on the same prompts, with 95% intervals", changes, names=("SFT", "IPO")
@@ -252,7 +261,10 @@ _METHOD = {
 def _audit_rows(audit: dict[str, Any]) -> list[list[Any]]:
     """The audit as rows of words and figures."""
     return [
-        ["prompts, completions, rankings", f"{audit['prompts']}, {audit['completions']}, {audit['annotations']}"],
+        [
+            "prompts, completions, rankings",
+            f"{audit['prompts']}, {audit['completions']}, {audit['annotations']}",
+        ],
         ["pairs of verdicts by different annotators that agree", _share(audit["agreement"])],
         ["Krippendorff's alpha", "–" if audit["alpha"] is None else say(audit["alpha"])],
         ["decided comparisons won by the longer completion", _share(audit["longer"])],

@@ -133,7 +133,9 @@ def sample(run: Run, progress: Progress = silent) -> dict[str, Any]:
     return report
 
 
-def pairs(run: Run, split: str = "train", keep: Callable[[Prompt], bool] | None = None) -> list[CompletionGroup]:
+def pairs(
+    run: Run, split: str = "train", keep: Callable[[Prompt], bool] | None = None
+) -> list[CompletionGroup]:
     """The groups of a split with best-against-worst pairs; ``keep`` may choose prompts."""
     with run.store() as store:
         groups = store.groups(split=split)
@@ -152,7 +154,9 @@ def reward_model(run: Run, progress: Progress = silent) -> dict[str, Any]:
         **run.recipe.reward_model,
     )
     with run.store() as store:
-        model = normalize(load_reward_model(str(run.model("reward_model"))), store.groups(split="train")[:400])
+        model = normalize(
+            load_reward_model(str(run.model("reward_model"))), store.groups(split="train")[:400]
+        )
     model.save(run.model("reward_model"))
     held = pairs(run, "test")
     scores, gold = model.score(held), [[v.gold for v in world.verdicts([group])[0]] for group in held]

@@ -14,6 +14,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from steerwell.data.errors import InputError, nearest
+from steerwell.objectives.table import TABLE, hyperparameters
 
 #: Learning rates used when none is given. They suit pretrained models of 0.1 to 10 billion parameters that
 #: are tuned in full; with LoRA they are multiplied by :data:`LORA_FACTOR`. A model trained from scratch
@@ -111,9 +112,9 @@ class Recipe(BaseModel):
     def from_toml(cls, path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         """Read a recipe; ``overrides`` are ``key=value`` with a dotted key (``train.learning_rate=1e-5``).
 
-        A key without a dot may also name a field of ``[train]``. Values are TOML; what is no TOML is text.
-        Raises :class:`InputError` for a missing or broken file, an unknown key or a value of the wrong kind.
-        """
+        A key without a dot may also name a field of ``[train]`` or a hyperparameter. Values are TOML; what
+        is no TOML is text. Raises :class:`InputError` for a missing or broken file, an unknown key or a
+        value of the wrong kind."""
         path = Path(path)
         try:
             table = tomllib.loads(path.read_text("utf-8"))
@@ -131,7 +132,8 @@ def parse(model: type[Any], table: Mapping[str, Any], file: str | Path | None = 
     try:
         return model.model_validate(dict(table))
     except ValidationError as error:
-        first = error.errors()[0]
+        # An unknown key first: a misspelt one shows up as missing too.
+        first = min(error.errors(), key=lambda e: e["type"] != "extra_forbidden")
         parts = [str(part) for part in first["loc"]]
         place = ".".join(parts)
         if first["type"] == "extra_forbidden":
@@ -180,8 +182,11 @@ def _override(table: dict[str, Any], text: str) -> None:
         raise InputError(
             f"--set {text!r} is no key=value", mend="Write, for example, train.learning_rate=1e-5."
         )
-    if len(parts) == 1 and parts[0] not in Recipe.model_fields and parts[0] in TrainConfig.model_fields:
-        parts = ["train", *parts]
+    if len(parts) == 1 and parts[0] not in Recipe.model_fields:
+        if parts[0] in TrainConfig.model_fields:
+            parts = ["train", *parts]
+        elif any(parts[0] in hyperparameters(function) for function in TABLE.values()):
+            parts = ["hyperparameters", *parts]
     try:
         parsed = tomllib.loads(f"value = {value.strip()}")["value"]
     except tomllib.TOMLDecodeError:

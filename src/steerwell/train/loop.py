@@ -112,6 +112,7 @@ def checked(
 def _check(policy: Any, order: _Order, evaluated: bool) -> None:
     """What can be said before a model is touched."""
     terms = order.terms
+    _refuse_unused(order.config, terms, order.source, evaluated, order.watch is not None)
     if order.source is None:
         check_data(terms, order.groups)
     if evaluated:
@@ -128,7 +129,6 @@ def _check(policy: Any, order: _Order, evaluated: bool) -> None:
         raise InputError("lora is for a policy given as a path", mend="Say load_policy(path, lora=…).")
     if order.lora is not None and terms[0].kind == "reward":
         raise InputError("reward models are trained in full: lora is not used", mend="Leave lora out.")
-    _refuse_unused(order.config, terms, order.source, evaluated, order.watch is not None)
 
 
 def _refuse_unused(

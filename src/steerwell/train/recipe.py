@@ -101,9 +101,9 @@ def _rollouts(recipe: Recipe, judge: Judge) -> Any:
 
 
 def _refuse_evaluation(recipe: Recipe) -> None:
-    if recipe.eval_data is not None or "resolve" in recipe.model_fields_set:
-        name = "eval_data" if recipe.eval_data is not None else "resolve"
-        raise InputError(f"{name} is not used with a judge", mend="Take it out of the recipe.")
+    for name in ("eval_data", "eval_split", "resolve"):
+        if name in recipe.model_fields_set and getattr(recipe, name) is not None:
+            raise InputError(f"{name} is not used with a judge", mend="Take it out of the recipe.")
 
 
 def _recorded(
@@ -191,7 +191,7 @@ def _file(path: str, notes: list[str]) -> list[CompletionGroup]:
 def _split(store: Store, name: str | None, recipe: Recipe, setting: str) -> str | None:
     """The split to read: a default one that the store doesn't have is left out, one that was asked for is
     not."""
-    if name is None or setting in recipe.model_fields_set or name in store.split_names():
+    if name is None or setting in recipe.model_fields_set or name in store.split_names:
         return name
     return None
 

@@ -23,10 +23,17 @@ Judge = Callable[[Sequence[CompletionGroup]], Sequence[Annotation]]
 
 @runtime_checkable
 class Source(Protocol):
-    """Gives the groups of each step, with targets. ``temperature`` is the one that log-probs are taken at."""
+    """Gives the groups of each step, with targets."""
 
-    temperature: float
-    updates: int
+    @property
+    def temperature(self) -> float:
+        """What divides the logits, in sampling and in the log-probs of the update alike."""
+        ...
+
+    @property
+    def updates(self) -> int:
+        """Optimizer steps on each set of rollouts; 1 is strictly on-policy."""
+        ...
 
     def steps(self, epochs: float) -> int:
         """How many optimizer steps ``epochs`` passes over the prompts take."""

@@ -144,7 +144,7 @@ def _pattern(family: words.Family, template: str) -> re.Pattern[str]:
     return re.compile("".join(out))
 
 
-_PATTERNS = tuple(
+_PATTERNS: tuple[tuple[words.Family, str, re.Pattern[str]], ...] = tuple(
     (family, kind, _pattern(family, template))
     for family, kind, templates in words.FORMS
     for template in templates
@@ -238,7 +238,7 @@ def prompts(
     mix = mix or (EVALUATION_MIX if split in ("dev", "test") else PREFERENCE_MIX)
     found: list[tuple[str, str]] = []
     for family, count in _counts(n, mix).items():
-        known = next((name for name in words.FAMILIES if name == family), None)
+        known: words.Family | None = next((name for name in words.FAMILIES if name == family), None)
         if known is None:
             raise InputError(f"unknown family {family!r}", mend=nearest(family, words.FAMILIES))
         found += _texts(known, count, random.Random(f"{seed}/{family}/{split}"), split, distinct)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import random
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -177,6 +178,7 @@ class Procedure:
 def _procedures() -> dict[tuple[str, str], Procedure]:
     """The tool goes with the verb and the last step with the object, both drawn once and for all."""
     rng = random.Random(7)
+    tables: tuple[tuple[Literal["howto", "borderline", "harmful"], Mapping[str, tuple[str, ...]]], ...]
     tables = (("borderline", DUAL_USE), ("howto", PLAIN), ("harmful", HARMFUL))
     tools: dict[str, str] = {}
     last: dict[str, str] = {}

@@ -100,6 +100,7 @@ def accuracy(
         coverage,
         better="higher",
         items=tuple(items),
+        clusters={key: prompt for (key, _), prompt in zip(items, prompts, strict=True)} if several else {},
         notes=(f"by {how}", str(coverage), f"{ties} exact ties, each counted as half"),
     )
 
