@@ -9,14 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from small_inputs import PAIRS, write
 
 from steerwell.cli import main
 from tiny import tiny_policy_dir
-
-PAIRS = [
-    {"prompt": f"Say {word}.", "chosen": f"Here is {word}.", "rejected": f"No {word} for you."}
-    for word in ("apple", "brick", "cloud", "drum", "eagle", "flute", "grape", "house", "iron", "jar")
-]
 
 
 @dataclass(frozen=True)
@@ -61,9 +57,3 @@ def pairs_file(tmp_path: Path) -> Path:
 def tiny_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny policy as a Hugging Face directory."""
     return tiny_policy_dir(tmp_path_factory.mktemp("models"))
-
-
-def write(path: Path, *rows: Any) -> Path:
-    """A JSONL file of the rows (texts are written as they are)."""
-    path.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows))
-    return path

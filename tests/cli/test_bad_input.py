@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import PAIRS, write
 from safetensors.torch import save_file
+from small_inputs import PAIRS, write
 
 GOOD = PAIRS[0]
 RECIPE = """

@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from chat_server import ChatServer
-from conftest import PAIRS, write
+from small_inputs import PAIRS, write
 
+from chat_server import ChatServer
 from real_data import real_data
 from steerwell.cli import demo_verb, model_verbs, show
 from steerwell.cli.glossary import METRICS
@@ -84,7 +84,7 @@ def test_judging_again_adds_nothing_and_new_samples_are_judged(
     write(tmp_path / "more.jsonl", {**PAIRS[0], "chosen": "Something new."})
     run("import", "more.jsonl", "--to", "prefs.db")
     fourth = run("judge", "prefs.db", "--with", "rules:max_words:3", "--json").json
-    assert (fourth["there_already"], fourth["new_annotations"]) == (9, 1)
+    assert (fourth["there_already"], fourth["new_annotations"]) == (9, 2)
     assert "had been judged already" in run("judge", "prefs.db", "--with", "rules:max_words:3").out
 
 
@@ -96,22 +96,23 @@ def test_a_failed_verdict_is_asked_again_and_the_others_are_not(
 
     def reply(request: Any) -> Any:
         first = request.part("first completion")
-        if "brick" in first and not healed:
+        if "Here is brick" in first and not healed:
             return (400, "too long")
-        return request.verdict(overall="first" if first.startswith("Here") else "second")
+        winner = "first" if first.startswith("Here") else "second"
+        return f"Request {request.number}: {request.verdict(overall=winner)}"
 
     run("import", pairs_file, "--to", "prefs.db")
     with ChatServer(reply) as server:
         words = ["judge", "prefs.db", "--with", "openai:m", "--base-url", server.url]
         found = run(*words, "--json").json
-        assert (found["no_verdict"], found["verdicts"]) == (2, {"preference": 18})
+        assert (found["no_verdict"], found["verdicts"]) == (1, {"preference": 19})
         assert list(found["reasons"]) == ["no verdict: status 400: too long"]
         text = run(*words).out
-        assert "no verdict in 2" in text
+        assert "no verdict in 1" in text
         healed = True
         before = len(server.requests)
         found = run(*words, "--json").json
-        assert (found["no_verdict"], found["new_annotations"]) == (0, 2)
+        assert (found["no_verdict"], found["new_annotations"]) == (0, 1)  # of two asked again, one was known
         assert len(server.requests) - before == 2
         assert run(*words, "--json").json["new_annotations"] == 0
     with open_store(tmp_path / "prefs.db") as store:

@@ -50,7 +50,7 @@ def test_unknown_names_are_refused_with_the_nearest_one(tmp_path: Path) -> None:
     assert "neither the loop nor the objective has it" in refused(tmp_path, data, "dpo", gamma=1.0)
     assert "beta" in refused(tmp_path, data, "dpo", beta=-1.0)
     assert "batch_size = 0" in refused(tmp_path, data, "dpo", batch_size=0)
-    assert not (tmp_path / "out").exists()
+    assert not any(tmp_path.iterdir())
 
 
 def test_data_that_lack_what_the_objective_takes(tmp_path: Path) -> None:
@@ -102,7 +102,16 @@ def test_equal_pairs_are_refused_by_their_tokens(tmp_path: Path) -> None:
     )
     with pytest.raises(InputError, match=r"after they were cut to max_length.*Raise max_length"):
         train(tiny_policy(), [cut], "dpo", out=tmp_path / "b", max_length=24)
-    assert not (tmp_path / "a" / "run.json").exists()
+    assert not any(tmp_path.iterdir())  # nothing is left behind
+
+
+def test_a_row_that_is_too_long_for_the_model(tmp_path: Path) -> None:
+    long = text_group("q", ["word " * 30, "other"], pairs=(Pair(0, 1),))
+    policy = tiny_policy(max_position_embeddings=40)
+    with pytest.raises(InputError, match=r"tokens; the model reads 40\. Give max_length = 40 or less"):
+        train(policy, [long], "dpo", out=tmp_path / "a")
+    train(policy, [long], "dpo", out=tmp_path / "a", max_length=40)
+    assert '"truncated_completions": 1' in (tmp_path / "a" / "run.json").read_text()
 
 
 def test_kto_needs_two_prompts_in_a_step(tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ import typer
 from steerwell.data.errors import InputError, nearest
 
 DONE, FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
+VERBS = ("demo", "import", "export", "sample", "judge", "train", "eval", "explain")
 AGAIN = "interrupted; run the same command again to resume"
 
 app = typer.Typer(
@@ -80,9 +81,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _load_verbs() -> None:
-    """Importing a file of verbs enters them into the application."""
+    """Importing a file of verbs enters them into the application; then they are put into the order of work."""
     for verbs in ("demo_verb", "store_verbs", "model_verbs", "eval_verbs"):
         import_module(f"steerwell.cli.{verbs}")
+    app.registered_commands.sort(key=lambda command: VERBS.index(_verb(command)))
+
+
+def _verb(command: Any) -> str:
+    return command.name or command.callback.__name__
 
 
 def explain_error(error: BaseException) -> tuple[str, int]:

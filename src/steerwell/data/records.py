@@ -196,7 +196,7 @@ class Conversations:
     """Message lists by the id of their last message; equal prefixes share their Message objects."""
 
     def __init__(self, connection: Connection) -> None:
-        rows = connection.execute(select(schema.messages)).tuples()
+        rows = connection.execute(select(schema.messages))
         self._links = {i: (parent, Message(role, content, extra)) for i, parent, role, content, extra in rows}
         self._known: dict[tuple[str, str], Messages] = {}
 

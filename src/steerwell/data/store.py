@@ -124,7 +124,8 @@ class Store:
     def _place(self, connection: Connection, rows: Rows, split: str) -> int:
         """Send the roots of new prompts to a split by name; how many prompts stay in another one."""
         fractions, seed = self._split_settings(connection)
-        named = dict(connection.execute(select(schema.splits.c.root, schema.splits.c.name)).tuples().all())
+        assigned = connection.execute(select(schema.splits.c.root, schema.splits.c.name))
+        named = {row.root: row.name for row in assigned}
         present = set(connection.execute(select(schema.prompts.c.root)).scalars())
         new, elsewhere = {}, 0
         for row in rows.prompts.values():
@@ -198,7 +199,8 @@ class Store:
         if split not in names:
             raise InputError(f"no split {split!r} in this store", file=self.name, mend=nearest(split, names))
         fractions, seed = self._split_settings(connection)
-        named = dict(connection.execute(select(schema.splits.c.root, schema.splits.c.name)).tuples().all())
+        assigned = connection.execute(select(schema.splits.c.root, schema.splits.c.name))
+        named = {row.root: row.name for row in assigned}
         return lambda root: named.get(root, split_of(root, fractions, seed)) == split
 
     def _note_split_read(self, split: str | None) -> None:

@@ -98,6 +98,8 @@ class Endpoint:
                     try:
                         done.put((i, self._ask(client, prompts[i], stop.wait)))
                     except BaseException as error:  # noqa: BLE001 (handed to the caller's thread, which raises it)
+                        if isinstance(error, _Refused):
+                            stop.set()  # at once: the next request must not go out with the same key
                         done.put((i, error))
 
             for _ in range(min(self.concurrency, len(prompts))):

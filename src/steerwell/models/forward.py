@@ -78,23 +78,8 @@ def unwrap(model: nn.Module) -> PreTrainedModel:
 
 
 # Architectures that the tests compare with their own attention; others are compared when they are loaded.
-COMPARED = frozenset(
-    [
-        "llama",
-        "qwen2",
-        "qwen3",
-        "qwen3_moe",
-        "mistral",
-        "gemma2",
-        "gemma3_text",
-        "granite",
-        "cohere",
-        "phi3",
-        "olmo2",
-        "smollm3",
-        "gpt_oss",
-    ]
-)
+_LLAMA_LIKE = ("llama", "qwen2", "qwen3", "qwen3_moe", "mistral", "granite", "phi3", "olmo2", "smollm3")
+COMPARED = frozenset((*_LLAMA_LIKE, "cohere", "gemma2", "gemma3_text", "gpt_oss"))
 
 
 @torch.no_grad()

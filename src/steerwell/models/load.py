@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 from transformers import (
     AutoModelForCausalLM,
@@ -322,13 +323,22 @@ def _load(
         if not tokenizer.chat_template:
             raise InputError("the tokenizer has no chat template", file=path, mend=TEMPLATE_MEND)
         try:
-            model = kind.from_pretrained(place, dtype=dtype, use_safetensors=True, trust_remote_code=False)
-        except (OSError, ValueError, KeyError, RuntimeError) as error:
+            model, info = kind.from_pretrained(
+                place, dtype=dtype, use_safetensors=True, trust_remote_code=False, output_loading_info=True
+            )
+        except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
             raise InputError(
                 f"the model could not be loaded ({first_line(error)})",
                 file=path,
                 mend="It must be a complete Hugging Face directory with safetensors weights.",
             ) from error
+    missing = sorted(info["missing_keys"])
+    if missing:  # transformers would go on with random numbers there
+        raise InputError(
+            f"{len(missing)} weights of a {type(model).__name__} are missing ({missing[0]})",
+            file=path,
+            mend="Name a directory of the right kind of model, with all of its weights.",
+        )
     rows = model.get_input_embeddings().weight.shape[0]
     if len(tokenizer) > rows:
         raise InputError(

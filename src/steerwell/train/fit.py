@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from steerwell.data.errors import InputError
 from steerwell.models.load import Policy, RewardModel
 from steerwell.train.checkpoint import (
     latest_checkpoint,
@@ -107,7 +108,7 @@ def fit(run: Run) -> None:
     except KeyboardInterrupt:
         run.folder.write(status="interrupted", step=saved)
         raise
-    except TrainingError as error:
+    except (TrainingError, InputError) as error:
         run.folder.write(status="failed", error=str(error), step=saved)
         raise
     finally:

@@ -3,7 +3,8 @@
 It checks everything that can be checked before work starts, takes the run's folder, and hands a
 :class:`~steerwell.train.fit.Run` to :func:`~steerwell.train.fit.fit`, which does the steps. A run is a
 function of its arguments: killed at any moment, the same call continues it to the same weights and the same
-``metrics.jsonl``, byte for byte."""
+``metrics.jsonl``, byte for byte (on a CPU, with the same number of threads).
+"""
 
 from __future__ import annotations
 
@@ -164,8 +165,8 @@ def _train(policy: Any, order: _Order, folder: RunDir) -> Model:
     given: Model = _load(policy, reward, order.lora) if owned else policy
     config = _with_rate(order.config, order.terms, given.model)
     start = start_digest(given)
-    data = _prepared(order, order.groups, given.tokenizer, config)
-    held_out = _prepared(order, order.eval_groups, given.tokenizer, config)
+    data = _prepared(order, order.groups, given, config)
+    held_out = _prepared(order, order.eval_groups, given, config)
     if "kl" in needed(order.terms) and order.source is None:
         check_mismatch(data.items, config.batch_size)
     reference = _reference(order, given, start)
@@ -222,7 +223,7 @@ def _run(
         layout=config.layout,
         pooling=trained.recipe.pooling if isinstance(trained, RewardModel) else "last",
         temperature=1.0 if order.source is None else order.source.temperature,
-        limit=config.max_length or getattr(trained.model.config, "max_position_embeddings", None),
+        limit=config.max_length or context_of(trained.model),
         device=trained.device,
     )
     if order.source is None and names & REFERENCE_NAMES:
@@ -259,10 +260,26 @@ def make_optimizer(model: torch.nn.Module, config: TrainConfig) -> torch.optim.A
     )
 
 
-def _prepared(order: _Order, groups: list[CompletionGroup], tokenizer: Any, config: TrainConfig) -> Prepared:
+def _prepared(order: _Order, groups: list[CompletionGroup], given: Model, config: TrainConfig) -> Prepared:
+    """Tokenised groups; raises :class:`InputError` for one that is longer than the model can read."""
     if not groups:
         return Prepared([], {})
-    return prepare(groups, order.terms, tokenizer, config.max_length, config.layout, order.progress)
+    data = prepare(groups, order.terms, given.tokenizer, config.max_length, config.layout, order.progress)
+    context = context_of(given.model)
+    if context is not None:
+        for item in data.items:
+            longest = max(len(sequence.ids) for sequence in item.tokens.sequences)
+            if longest > context:
+                raise InputError(
+                    f"prompt {item.prompt_id} with a completion has {longest} tokens; the model reads {context}",
+                    mend=f"Give max_length = {context} or less, or leave it out.",
+                )
+    return data
+
+
+def context_of(model: Any) -> int | None:
+    """How many positions the model knows; None where its configuration names no limit."""
+    return getattr(model.config.get_text_config(), "max_position_embeddings", None)
 
 
 def _with_rate(config: TrainConfig, terms: Sequence[Term], model: Any) -> TrainConfig:

@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from steerwell.data.errors import InputError
 from steerwell.data.messages import digest
@@ -37,12 +37,15 @@ class RunDir:
         self.metrics = self.path / "metrics.jsonl"
         self.checkpoints = self.path / "checkpoints"
         self.model = self.path / "model"
-        self._lock: IO[str] | None = None
+        self._lock: int | None = None
+        self._made: list[Path] = []
         self._started = (time.monotonic(), time.process_time())
         if self.path.exists() and not self.path.is_dir():
             raise InputError("out is a file", file=self.path, mend="Give a folder.")
         try:
+            missing = [folder for folder in (self.path, *self.path.parents) if not folder.exists()]
             self.path.mkdir(parents=True, exist_ok=True)
+            self._made = missing
             probe = self.path / ".write-test"
             probe.write_text("")
             probe.unlink()
@@ -109,10 +112,17 @@ class RunDir:
         os.replace(aside, self.path / "run.json")
 
     def close(self) -> None:
-        """Let other processes have the folder; a second call does nothing."""
+        """Let other processes have the folder; a second call does nothing. Folders that were made here and
+        that no run came into are taken away again."""
         if self._lock is not None:
-            self._lock.close()
+            os.close(self._lock)
             self._lock = None
+        try:
+            for folder in self._made:
+                folder.rmdir()
+        except OSError:  # there is a run in it
+            pass
+        self._made = []
 
     def _read(self) -> dict[str, Any]:
         file = self.path / "run.json"
@@ -128,7 +138,7 @@ class RunDir:
             import fcntl
         except ImportError:  # no such locks on Windows
             return
-        self._lock = open(self.path / ".lock", "w")  # noqa: SIM115  (held until close)
+        self._lock = os.open(self.path, os.O_RDONLY)
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:

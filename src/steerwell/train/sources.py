@@ -10,7 +10,7 @@ import math
 import random
 import statistics
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol, runtime_checkable
 
 from steerwell.data.errors import InputError
@@ -80,6 +80,7 @@ class Rollouts:
             seed=derived_seed(seed, "rollout", rollout),
             batch_size=self.batch_size,
         )
+        groups = [_at_step(group, rollout) for group in groups]
         return with_scores(groups, self.judge(groups))
 
     def identity(self) -> dict[str, Any]:
@@ -143,13 +144,7 @@ def with_scores(
             for completion in annotation.completions:
                 found.setdefault(completion, []).append(float(annotation.value))
     return [
-        CompletionGroup(
-            group.prompt,
-            group.completions,
-            group.annotations,
-            scores=tuple(_mean(found.get(completion.id)) for completion in group.completions),
-            meta=group.meta,
-        )
+        replace(group, scores=tuple(_mean(found.get(completion.id)) for completion in group.completions))
         for group in groups
     ]
 
@@ -220,6 +215,13 @@ def steps_in(total: int, size: int, epochs: float) -> int:
 def passes(total: int, epochs: float) -> int:
     """How many groups (with repetition) ``epochs`` passes over ``total`` groups see; at least one."""
     return max(1, round(total * epochs))
+
+
+def _at_step(group: CompletionGroup, step: int) -> CompletionGroup:
+    """The group with the policy's step in the source of each completion."""
+    return replace(
+        group, completions=tuple(replace(c, source=replace(c.source, step=step)) for c in group.completions)
+    )
 
 
 def _mean(values: list[float] | None) -> float | None:
