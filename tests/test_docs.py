@@ -64,3 +64,45 @@ def test_the_toolchain_is_pinned_and_the_package_is_not() -> None:
         name = re.match(r"[A-Za-z0-9_.-]+", requirement)
         assert name
         assert name[0].lower().replace("_", "-") in pinned, f"{name[0]} is not pinned in constraints.txt"
+
+
+def test_the_python_of_the_readme_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The fifteen lines as they stand, on a tiny model under the name they use and a local endpoint."""
+    import json
+    import random
+
+    import torch
+
+    from chat_server import ChatServer, Request
+    from tiny import tiny_policy_dir
+
+    fifteen, plain = blocks(ROOT / "README.md", "python")
+    assert 15 <= len([line for line in fifteen.splitlines() if line.strip()]) <= 17
+    (tmp_path / "Qwen").mkdir()
+    tiny_policy_dir(tmp_path / "made").rename(tmp_path / "Qwen" / "Qwen3-0.6B")
+    rng = random.Random(0)
+    with (tmp_path / "ultrafeedback.jsonl").open("w") as file:
+        for i in range(12):
+            words = rng.sample(["sun", "rain", "wind", "snow", "fog", "ice"], 2)
+            row = {"prompt": f"weather {i}?", "chosen": words[0], "rejected": words[1]}
+            file.write(json.dumps(row) + "\n")
+
+    def reply(request: Request) -> str:
+        return request.verdict(helpful="first", honest="tie")
+
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
+    fifteen = fifteen.replace("n=4)", "n=2, max_new_tokens=8)").replace("n=8)", "n=2, max_new_tokens=8)")
+    fifteen = fifteen.replace("judge=judge))", "judge=judge, max_new_tokens=8))")
+    with ChatServer(reply) as server:
+        monkeypatch.setenv("OPENAI_BASE_URL", server.url)
+        monkeypatch.setenv("OPENAI_API_KEY", "none")
+        names: dict[str, object] = {}
+        exec(compile(fifteen, "README.md", "exec"), names)
+    assert (tmp_path / "runs" / "grpo" / "model" / "model.safetensors").exists()
+    names = {}
+    exec(compile(plain, "README.md", "exec"), names)
+    margin = 0.1 * ((-4.0 + 5.0) - (-6.0 + 5.0))
+    losses = names["losses"]
+    assert isinstance(losses, torch.Tensor)
+    assert losses.item() == pytest.approx(-torch.nn.functional.logsigmoid(torch.tensor(margin)).item())

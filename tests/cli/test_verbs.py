@@ -247,6 +247,11 @@ def test_a_slow_command_without_a_terminal_says_how_far_it_is(
     assert capsys.readouterr().err == "sample: 3 of 5\n"
 
 
+def test_json_has_no_numbers_that_are_none(capsys: pytest.CaptureFixture[str]) -> None:
+    show.result({"a": float("nan"), "b": [1.5, float("inf")], "c": {"d": (True, "x")}}, True, "")
+    assert json.loads(capsys.readouterr().out) == {"a": None, "b": [1.5, None], "c": {"d": [True, "x"]}}
+
+
 def test_the_demo_prints_its_table(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     one = {"value": 0.5, "low": 0.4, "high": 0.6, "n": 10}
     result = {

@@ -53,6 +53,15 @@ def test_a_rollout_is_a_function_of_policy_step_and_seed() -> None:
     )
 
 
+def test_the_same_prompt_is_sampled_anew_at_every_step() -> None:
+    source = rollouts(["go"], LengthJudge(), n=2, prompts_per_step=1, max_new_tokens=6, updates=2)
+    policy = tiny_policy()
+    steps = [source.step(policy, step, 0)[0].completions for step in (0, 1, 2)]
+    tokens = [[c.token_ids for c in completions] for completions in steps]
+    assert tokens[0] == tokens[1] != tokens[2]
+    assert [c.source.step for c in steps[2]] == [1, 1]
+
+
 def test_failed_verdicts_are_no_scores() -> None:
     source = rollouts(PROMPTS, LengthJudge(skip=2), n=2, prompts_per_step=2, max_new_tokens=6)
     groups = source.step(tiny_policy(), 0, 0)

@@ -104,7 +104,7 @@ def test_shown_orders_vary() -> None:
 def test_the_panel_agrees_with_gold_in_the_order_of_its_skill() -> None:
     groups = written(250)
     found = {annotator.name: agreement(annotator, groups) for annotator in world.panel(1)}
-    assert found["careful"] > 0.85
+    assert found["careful"] > 0.75
     assert found["careful"] > found["average"] > found["rushed"] > 0.55
     assert found["careful"] > found["fan"]
 

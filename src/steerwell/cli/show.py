@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Annotated, Any
 
@@ -15,12 +16,21 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON o
 Step = Callable[[int, int], None]
 
 
-def result(value: dict[str, Any], as_json: bool, text: str | Callable[[], str]) -> None:
+def result(value: Mapping[str, Any], as_json: bool, text: str | Callable[[], str]) -> None:
     """Print the result of a command: as one JSON object, or as text for people."""
     if as_json:
-        print(json.dumps(value, ensure_ascii=False, indent=1, default=str, allow_nan=False))
+        print(json.dumps(_plain(value), ensure_ascii=False, indent=1, default=str, allow_nan=False))
     else:
         print(text if isinstance(text, str) else text())
+
+
+def _plain(value: Any) -> Any:
+    """The value with numbers that JSON does not know (infinite, not a number) as null: nothing was measured."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, Mapping):
+        return {str(key): _plain(one) for key, one in value.items()}
+    return [_plain(one) for one in value] if isinstance(value, list | tuple) else value
 
 
 def note(line: str) -> None:

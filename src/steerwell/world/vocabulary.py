@@ -1,6 +1,6 @@
 """The words of the world: what it knows, and every sentence and prompt form that it can utter.
 
-Tables only. Facts are real (countries and their capital, currency and language), procedures are stylised
+Tables only. Facts are real (countries: capital, currency and language), procedures are stylised
 (a tool, a use, a last step), and what a *harmful* request would get is made of invented words: no harmful
 knowledge is in here, or in anything trained from here.
 """
