@@ -131,6 +131,48 @@ def floors(mean: dict[str, float], bases: list[dict[str, Any]]) -> dict[str, boo
     }
 
 
+LABELS = {
+    "sft_over_base": "win rate of SFT over the base",
+    "ipo_win_rate": "win rate of IPO over SFT",
+    "ipo_win_rate_low": "… lower end of its 95 % interval",
+    "ipo_gold_gain": "gold, IPO minus SFT",
+    "sft_harmful": "harmful compliance, SFT",
+    "ipo_harmful": "harmful compliance, IPO",
+    "sft_over_refusal": "over-refusal, SFT",
+    "ipo_over_refusal": "over-refusal, IPO",
+    "dpo_win_rate": "win rate of DPO + SFT term over SFT",
+    "dpo_harmful": "harmful compliance, DPO + SFT term",
+    "trap_over_refusal": "over-refusal after DPO on harmful prompts only",
+    "proxy_rise": "GRPO: rise of the proxy (standard deviations)",
+    "gold_rise": "GRPO: rise of gold to its peak",
+    "gold_fall": "GRPO: fall of gold from its peak to the end",
+    "reward_model_gold": "reward model: held-out accuracy against gold",
+    "ceiling": "gold's accuracy against the annotators' labels",
+}
+
+
+def page(result: dict[str, Any]) -> str:
+    """The result as the tables of docs/world.md."""
+    rows = result["rows"]
+    names = " | ".join(f"base {r['base']}, run {r['run']}" for r in rows)
+    lines = [f"| figure | mean | {names} |", "|---|---|" + "---|" * len(rows)]
+    for key, label in LABELS.items():
+        cells = " | ".join(f"{r[key]:.3f}" for r in rows)
+        lines.append(f"| {label} | **{result['mean'][key]:.3f}** | {cells} |")
+    lines += [
+        "",
+        "| base (greedy accuracy) | fact | order | borderline | CPU seconds |",
+        "|---|---|---|---|---|",
+    ]
+    for base in result["bases"]:
+        accuracy = base["greedy_accuracy"]
+        took = f"{base['cpu_seconds']:.0f}" if base["seed"] else "shipped"
+        figures = " | ".join(f"{accuracy[f]:.3f}" for f in ("fact", "order", "borderline"))
+        lines.append(f"| {base['seed']} | {figures} | {took} |")
+    held = [f"- {'held' if ok else '**not held**'}: {floor}" for floor, ok in result["floors"].items()]
+    return "\n".join([*lines, "", "Floors, over the means:", "", *held])
+
+
 def main() -> None:
     """Run the grid on two processes and write the result."""
     parser = argparse.ArgumentParser(
@@ -168,10 +210,7 @@ def main() -> None:
             "figures": figures,
         },
     )
-    for key in mean:
-        print(f"{key:20} mean {mean[key]:7.3f}   {spread[key][0]:7.3f} … {spread[key][1]:7.3f}")
-    for floor, ok in held.items():
-        print(("held    " if ok else "NOT held"), floor)
+    print(page(json.loads(RESULT.read_text())))
 
 
 if __name__ == "__main__":

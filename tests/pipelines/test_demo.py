@@ -84,7 +84,7 @@ def test_progress_comes_from_every_process(demo: Any) -> None:
     seen = demo[2]
     stages = {call[0] for call in seen}
     assert {"demo", "sft", "reward_model", "ipo", "grpo"} <= stages
-    assert ("demo", 12, 12) in [call[:3] for call in seen]
+    assert ("demo", 11, 11) in [call[:3] for call in seen]
 
 
 def test_a_finished_demo_is_not_done_again(demo: Any) -> None:

@@ -76,6 +76,7 @@ def test_settings_that_would_change_nothing_are_refused(tmp_path: Path) -> None:
     assert "dpo cannot learn from rollouts" in refused(tmp_path, source, "dpo")
     assert "needs a reference" in refused(tmp_path, data, "dpo", reference=None)
     assert "needs a reference" in refused(tmp_path, data, "kto", reference="none")
+    assert "simpo takes no reference" in refused(tmp_path, data, "simpo", reference="somewhere")
     assert "lora is for a policy given as a path" in refused(tmp_path, data, "dpo", lora=4)
 
 
@@ -192,6 +193,9 @@ def test_broken_overrides_and_a_missing_recipe(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="no such recipe"):
         Recipe.from_toml(path)
     path.write_text(RECIPE)
+    assert Recipe.from_toml(path, ["beta=0.5"]).hyperparameters == {"beta": 0.5}
+    with pytest.raises(InputError, match=r"Did you mean 'train\.learning_rate'"):
+        Recipe.from_toml(path, ["lerning_rate=1e-5"])
     with pytest.raises(InputError, match="is no key=value"):
         Recipe.from_toml(path, ["beta"])
     with pytest.raises(InputError, match="'model' is a value, not a table"):

@@ -178,6 +178,8 @@ def test_a_reward_model_learns_and_loads(tmp_path: Path) -> None:
     assert again.score(data[:2]) == model.score(data[:2])
     more = train(again, data, "bradley_terry", out=tmp_path / "more", steps=1)
     assert more.recipe.pooling == "mean"
+    with pytest.raises(ValueError, match="a reward model keeps its pooling"):
+        train(again, data, "bradley_terry", out=tmp_path / "no", pooling="last")
     with pytest.raises(ValueError, match="dpo trains a policy"):
         train(again, data, "dpo", out=tmp_path / "no")
 
@@ -299,6 +301,7 @@ def test_a_recipe_from_store_to_model(tmp_path: Path) -> None:
     tiny_policy_dir(tmp_path, name="base")
     groups = pair_groups(30, k=2)
     with open_store(tmp_path / "prefs.db") as store:
+        store.set_split({"train": 0.7, "test": 0.3})
         for group in groups:
             first, second = (c.id for c in group.completions)
             store.add([group], [Annotation("preference", (first, second), "ann", 0)])

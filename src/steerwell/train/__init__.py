@@ -2,7 +2,8 @@
 
 The room is also the verb: ``steerwell.train(policy, pairs, "dpo", out=…)`` calls
 :func:`steerwell.train.loop.train`. Names are loaded when they are first used, so that reading a recipe
-loads no torch."""
+loads no torch.
+"""
 
 from __future__ import annotations
 

@@ -29,7 +29,8 @@ def save_checkpoint(
     """Write ``folder/step-N`` and delete all but the ``keep`` newest ones.
 
     ``tensors`` maps a file stem to named tensors. Raises :class:`OSError` (a full disk) and leaves the
-    earlier checkpoints as they were."""
+    earlier checkpoints as they were.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     final = folder / f"step-{step:06d}"
     aside = folder / f".step-{step:06d}.tmp"

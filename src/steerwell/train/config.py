@@ -2,7 +2,8 @@
 
 :class:`TrainConfig` is what the loop can be told; the hyperparameters of an objective (``beta``, ``tau``,
 …) are the keyword-only names of its function. :func:`split_settings` tells the two apart by name. A name
-that nobody knows is an :class:`InputError` with the nearest known one, before any work is done."""
+that nobody knows is an :class:`InputError` with the nearest known one, before any work is done.
+"""
 
 from __future__ import annotations
 
@@ -89,7 +90,8 @@ class Recipe(BaseModel):
     ``resolve`` turns annotations into targets: "auto" asks the objective (pairs: majority; labels: labels;
     scores: mean), and a table ``[resolve]`` holds a ``rule`` with its settings. Paths are taken from where
     the command runs. With ``judge`` the run is online: completions are sampled from the policy for the
-    prompts of ``data``, and ``[rollouts]`` holds the sampling settings."""
+    prompts of ``data``, and ``[rollouts]`` holds the sampling settings.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -114,7 +116,8 @@ class Recipe(BaseModel):
 
         A key without a dot may also name a field of ``[train]`` or a hyperparameter. Values are TOML; what
         is no TOML is text. Raises :class:`InputError` for a missing or broken file, an unknown key or a
-        value of the wrong kind."""
+        value of the wrong kind.
+        """
         path = Path(path)
         try:
             table = tomllib.loads(path.read_text("utf-8"))
@@ -138,10 +141,11 @@ def parse(model: type[Any], table: Mapping[str, Any], file: str | Path | None = 
         place = ".".join(parts)
         if first["type"] == "extra_forbidden":
             owner = TrainConfig if parts[0] == "train" and parts[1:] else model
-            word = parts[-1]
-            raise InputError(
-                f"unknown setting {place!r}", file=file, mend=nearest(word, owner.model_fields)
-            ) from None
+            mend = nearest(parts[-1], owner.model_fields)
+            if owner is Recipe and mend.startswith("Known"):
+                further = nearest(parts[-1], [f"train.{name}" for name in TrainConfig.model_fields])
+                mend = mend if further.startswith("Known") else further
+            raise InputError(f"unknown setting {place!r}", file=file, mend=mend) from None
         if first["type"] == "missing":
             raise InputError(f"{place!r} is missing", file=file, mend=f"Add {place} = …") from None
         got = str(first["input"])[:40]

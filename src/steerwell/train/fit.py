@@ -2,7 +2,8 @@
 
 A step takes its items, runs them forward and backward, updates, and writes one line of figures. What a step
 does depends on the weights, the moments and the step's number alone, so a run can be continued from any
-checkpoint."""
+checkpoint.
+"""
 
 from __future__ import annotations
 
@@ -89,7 +90,8 @@ def fit(run: Run) -> None:
                 try:
                     figures = _step(run, step)
                 except TrainingError:
-                    if step > saved and step % run.updates == 0:
+                    whole = all(bool(p.isfinite().all()) for p in run.names)
+                    if step > saved and step % run.updates == 0 and whole:
                         _save(run, step, metrics)
                     raise
                 _look(run, step + 1, metrics, figures, always=step + 1 == run.steps)

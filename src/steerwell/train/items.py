@@ -1,7 +1,8 @@
 """Groups made ready for training: tokenised once, with their targets as plain lists, checked before any step.
 
 An :class:`Item` is one group. :func:`gather` puts the targets of several items together as tensors, in the
-order of their completions; it is cheap enough to be done anew for every micro-batch."""
+order of their completions; it is cheap enough to be done anew for every micro-batch.
+"""
 
 from __future__ import annotations
 
@@ -32,7 +33,8 @@ Progress = Callable[[str, int, int, str], None]
 @dataclass(slots=True)
 class Item:
     """One tokenised group. ``ref_logps`` and ``ref_per_token_logps`` are filled in when they are computed
-    once."""
+    once.
+    """
 
     tokens: TokenizedGroup
     prompt_id: str
@@ -67,7 +69,8 @@ def prepare(
     progress: Progress | None = None,
 ) -> Prepared:
     """Tokenise what the terms read. Raises :class:`InputError` for a pair of equal token sequences and for
-    templates or completions that :func:`tokenize_groups` refuses."""
+    templates or completions that :func:`tokenize_groups` refuses.
+    """
     kept = [pruned for group in groups if (pruned := prune(group, terms)) is not None]
     items: list[Item] = []
     for start in range(0, len(kept), TOKENIZE_AT_ONCE):

@@ -84,7 +84,8 @@ def train(
     The same call with the same ``out`` continues an interrupted run exactly, and gives a finished one back
     without work. Raises :class:`InputError` before any work for unknown names, data that lack what the
     objective takes, pairs of equal tokens, an ``out`` that can't be written or holds another run; raises
-    :class:`TrainingError` for a loss that is not finite and for a failed check at the first step."""
+    :class:`TrainingError` for a loss that is not finite and for a failed check at the first step.
+    """
     terms, made = checked(objective, config, settings)
     source = data if isinstance(data, Source) else None
     groups: list[CompletionGroup] = [] if isinstance(data, Source) else list(data)
@@ -103,7 +104,8 @@ def checked(
     """The terms of an objective and the configuration, from settings of both; ``settings`` come first.
 
     Raises :class:`InputError` for an unknown objective, hyperparameter or setting, and for a value that is
-    out of range."""
+    out of range.
+    """
     parts = functions_of(objective)
     own, hyper = split_settings(settings, {name for fn, _, _ in parts for name in hyperparameters(fn)})
     base = config.model_dump(exclude_unset=True) if isinstance(config, TrainConfig) else dict(config or {})
@@ -124,12 +126,23 @@ def _check(policy: Any, order: _Order, evaluated: bool) -> None:
                 raise InputError(
                     f"{term.name} needs a reference, and reference is none", mend='Say reference = "start".'
                 )
+    elif not _wants_reference(order) and not (
+        isinstance(order.reference, str) and order.reference == "start"
+    ):
+        raise InputError(f"{terms[0].name} takes no reference", mend="Leave reference out.")
+    if isinstance(policy, RewardModel) and "pooling" in order.config.model_fields_set:
+        raise InputError("a reward model keeps its pooling", mend="Leave pooling out.")
     if isinstance(policy, RewardModel) and terms[0].kind != "reward":
         raise InputError(f"{terms[0].name} trains a policy, and a reward model was given")
     if order.lora is not None and not isinstance(policy, str | Path):
         raise InputError("lora is for a policy given as a path", mend="Say load_policy(path, lora=…).")
     if order.lora is not None and terms[0].kind == "reward":
         raise InputError("reward models are trained in full: lora is not used", mend="Leave lora out.")
+
+
+def _wants_reference(order: _Order) -> bool:
+    """Whether a reference would be used: by the objective, or for the KL figures of rollouts."""
+    return order.source is not None or bool(needed(order.terms) & (REFERENCE_NAMES | {"kl"}))
 
 
 def _refuse_unused(
@@ -311,7 +324,8 @@ def _load(path: str | Path, reward: bool, lora: int | None = None) -> Model:
 
 def _trained(given: Model, reward: bool, owned: bool, config: TrainConfig) -> Model:
     """The model that will be changed: never the caller's own. A new adapter is drawn anew from the seed, so
-    that a run that is started again before its first checkpoint is the same run."""
+    that a run that is started again before its first checkpoint is the same run.
+    """
     if reward and not isinstance(given, RewardModel):
         return RewardModel.from_policy(given, pooling=config.pooling)
     trained = given if owned else given.copy()
@@ -328,8 +342,7 @@ def _trained(given: Model, reward: bool, owned: bool, config: TrainConfig) -> Mo
 
 def _reference(order: _Order, given: Model, start: str) -> Reference:
     """Which reference the run has; the model of "start" is put in by :func:`_live_reference`."""
-    wanted = order.source is not None or needed(order.terms) & (REFERENCE_NAMES | {"kl"})
-    if order.reference in (None, "none") or not wanted:
+    if order.reference in (None, "none") or not _wants_reference(order):
         return Reference("none")
     if isinstance(order.reference, str) and order.reference == "start":
         return Reference("start", start)
@@ -345,7 +358,8 @@ def _live_reference(
     order: _Order, reference: Reference, given: Model, trained: Model, owned: bool
 ) -> Reference:
     """Give "start" its model: the adapter switched off where that is the same; the caller's own policy; or a
-    copy. For recorded data the model in training serves, as it is asked before the first update only."""
+    copy. For recorded data the model in training serves, as it is asked before the first update only.
+    """
     if reference.kind != "start":
         return reference
     if fresh_adapter(trained.model):
@@ -358,7 +372,8 @@ def _live_reference(
 
 def start_digest(given: Model) -> str:
     """The digest of the weights that decide the run: without a new adapter's, which is drawn from the
-    seed."""
+    seed.
+    """
     if not fresh_adapter(given.model):
         return given.digest()
     rest = [(name, p) for name, p in given.model.named_parameters() if "lora_" not in name]

@@ -1,7 +1,8 @@
 """Figures by example, and the file they go to.
 
 Every figure is a sum and a count over examples, so that a mean does not depend on how the examples were cut
-into batches. ``metrics.jsonl`` has one JSON object a line."""
+into batches. ``metrics.jsonl`` has one JSON object a line.
+"""
 
 from __future__ import annotations
 

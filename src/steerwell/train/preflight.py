@@ -2,7 +2,8 @@
 
 At step 0 the policy is the reference, so log-probs are equal and the DPO loss is ln 2; and on fresh
 rollouts the log-probs of the training pass are those that the sampler had. What breaks these (a wrong mask,
-other weights in the sampler, dropout) gives finite losses and a useless model."""
+other weights in the sampler, dropout) gives finite losses and a useless model.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +25,8 @@ LN2 = math.log(2.0)
 
 class StartChecks:
     """Watches the tensors of one step. ``fresh``: the completions were sampled by the policy as it is now;
-    ``first``: this is step 0 of the run."""
+    ``first``: this is step 0 of the run.
+    """
 
     def __init__(self, provider: Provider, *, fresh: bool, first: bool) -> None:
         dtype = next(provider.model.parameters()).dtype

@@ -26,7 +26,8 @@ REFERENCE_NAMES = frozenset({"ref_logps", "ref_per_token_logps"})
 class Reference:
     """The frozen model that log-ratios are taken against. With ``adapter_off`` it is the model in training
     with its adapter switched off; else ``model`` is one of its own. ``kind`` and ``digest`` go into
-    ``run.json``."""
+    ``run.json``.
+    """
 
     kind: str  # start | policy | none
     digest: str = ""

@@ -33,7 +33,8 @@ SQLITE = b"SQLite format 3\x00"
 @dataclass(frozen=True)
 class Trained:
     """What a recipe came to: the model, its run folder, ``run.json``, the last line of the metrics, and notes
-    about the data (one sentence each: what was read, what was left out and why)."""
+    about the data (one sentence each: what was read, what was left out and why).
+    """
 
     model: Model
     out: Path
@@ -190,7 +191,8 @@ def _file(path: str, notes: list[str]) -> list[CompletionGroup]:
 
 def _split(store: Store, name: str | None, recipe: Recipe, setting: str) -> str | None:
     """The split to read: a default one that the store doesn't have is left out, one that was asked for is
-    not."""
+    not.
+    """
     if name is None or setting in recipe.model_fields_set or name in store.split_names:
         return name
     return None

@@ -32,7 +32,8 @@ class RunDir:
 
     def __init__(self, out: str | Path) -> None:
         """Make the folder and see that it can be written; raises :class:`InputError` if it can't or is
-        alien."""
+        alien.
+        """
         self.path = Path(out)
         self.metrics = self.path / "metrics.jsonl"
         self.checkpoints = self.path / "checkpoints"
@@ -64,7 +65,8 @@ class RunDir:
         """Take the folder for this run. Returns "new", "resume" or "done".
 
         Raises :class:`InputError`, naming the settings that differ, when the folder holds another run, and
-        when another process is writing to it."""
+        when another process is writing to it.
+        """
         self._take_lock()
         flat = flatten(identity)
         if self.record:
@@ -113,7 +115,8 @@ class RunDir:
 
     def close(self) -> None:
         """Let other processes have the folder; a second call does nothing. Folders that were made here and
-        that no run came into are taken away again."""
+        that no run came into are taken away again.
+        """
         if self._lock is not None:
             os.close(self._lock)
             self._lock = None

@@ -2,7 +2,8 @@
 
 A source is anything with ``step(policy, step, seed) -> list[CompletionGroup]`` whose answer depends on
 nothing but its arguments, so that a run can be continued from any step. :func:`rollouts` makes the usual
-one."""
+one.
+"""
 
 from __future__ import annotations
 
@@ -137,7 +138,8 @@ def with_scores(
     groups: Sequence[CompletionGroup], annotations: Iterable[Annotation]
 ) -> list[CompletionGroup]:
     """The groups with ``scores`` from ``score`` annotations: the mean per completion, None without a
-    verdict."""
+    verdict.
+    """
     found: dict[str, list[float]] = {}
     for annotation in annotations:
         if annotation.kind == "score" and annotation.value is not None:
@@ -151,7 +153,8 @@ def with_scores(
 
 def rollout_figures(groups: Sequence[CompletionGroup]) -> dict[str, float]:
     """Figures of one set of rollouts: reward (mean, spread, spread within groups, share without a verdict),
-    tokens per completion, share of completions that reached their end."""
+    tokens per completion, share of completions that reached their end.
+    """
     scores = [[s for s in group.scores or () if s is not None] for group in groups]
     flat = [score for own in scores for score in own]
     spreads = [statistics.stdev(own) for own in scores if len(own) > 1]
@@ -176,7 +179,8 @@ def shuffled(total: int, step: int, size: int, seed: int, end: int | None = None
     """Positions of step ``step`` in a seeded stream of passes over ``total`` things, ``end`` of them in all.
 
     A pure function: each pass is a shuffle of its own, and a step may lie across two passes. Without
-    ``end`` the stream never ends; with it the last step may be smaller than ``size``."""
+    ``end`` the stream never ends; with it the last step may be smaller than ``size``.
+    """
     picked: list[int] = []
     position = step * size
     last = position + size if end is None else min(position + size, end)

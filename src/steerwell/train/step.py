@@ -1,7 +1,8 @@
 """One pass over the items of a step, or of an evaluation: the same code for both, with or without gradient.
 
 The denominators are counted over all the items before the first backward, so neither the loss nor its
-gradient nor any figure depends on how the items are cut into micro-batches."""
+gradient nor any figure depends on how the items are cut into micro-batches.
+"""
 
 from __future__ import annotations
 
@@ -38,7 +39,8 @@ def run_items(
     observe: Callable[[Mapping[str, Tensor]], None] | None = None,
 ) -> Outcome:
     """Forward (and with ``backward`` also backward) over ``items``. ``observe`` sees the tensors of each
-    micro-batch, detached from nothing: it must not keep them."""
+    micro-batch, detached from nothing: it must not keep them.
+    """
     micro = provider.micro_batches(items)
     if len(micro) > 1:
         for term in terms:
@@ -102,7 +104,8 @@ def _loss_owner(term: Term, tensors: Mapping[str, Tensor]) -> Tensor:
 def kl_figures(tensors: Mapping[str, Tensor], totals: Totals) -> None:
     """Per completion: the KL from the reference, summed over tokens, by the estimators k1 (the log-ratio
     itself) and k3 (never below 0), in nats (Schulman 2020). Both are right for completions of the current
-    policy."""
+    policy.
+    """
     if "ref_per_token_logps" not in tensors:
         return
     mine, ref = tensors["per_token_logps"].detach(), tensors["ref_per_token_logps"]

@@ -43,7 +43,8 @@ PROVIDED = frozenset(
 @dataclass(frozen=True)
 class Term:
     """One objective of a mixture with its weight and its hyperparameters (all of them, defaults filled
-    in)."""
+    in).
+    """
 
     name: str
     function: Objective
@@ -86,7 +87,8 @@ def make_terms(
 
     In a mixture a name given from outside goes to the one term that has it; where several have it, it must
     be given with its term. Raises :class:`InputError` for that, for unknown names, and for mixtures of
-    kinds that do not train the same model."""
+    kinds that do not train the same model.
+    """
     terms: list[Term] = []
     for name in hyper:
         having = [
@@ -172,7 +174,8 @@ def demonstrations(group: CompletionGroup) -> list[bool]:
     """Which completions ``sft`` imitates.
 
     With pairs: those that are chosen in one and rejected in none (in a circle: all that are chosen); else
-    with labels: those labelled good; else all."""
+    with labels: those labelled good; else all.
+    """
     places = range(len(group.completions))
     if group.pairs:
         chosen = {pair.chosen for pair in group.pairs}
