@@ -297,6 +297,16 @@ def test_evaluation_and_progress_come_when_they_should(tmp_path: Path) -> None:
     assert [done for stage, done, *_ in told if stage == "train"] == [1, 2, 3, 4, 5]
 
 
+def test_a_short_run_asks_the_reference_about_what_it_reaches_only(tmp_path: Path) -> None:
+    told: list[tuple[str, int, int, str]] = []
+    train(
+        tiny_policy(), pair_groups(12), "dpo", out=tmp_path / "a", eval_data=pair_groups(2, seed=1), steps=2,
+        batch_size=3, progress=lambda *args: told.append(args),
+    )  # fmt: skip
+    assert [total for stage, _, total, _ in told if stage == "reference"][-1] == 6 + 2
+    assert lines(tmp_path / "a")[1]["loss"] == pytest.approx(math.log(2), abs=1e-5)
+
+
 def test_a_recipe_from_store_to_model(tmp_path: Path) -> None:
     tiny_policy_dir(tmp_path, name="base")
     groups = pair_groups(30, k=2)

@@ -32,7 +32,7 @@ from steerwell.train.fit import Run, Watch, fit
 from steerwell.train.items import Prepared, Progress, items_digest, prepare
 from steerwell.train.provide import REFERENCE_NAMES, Provider, Reference, check_mismatch
 from steerwell.train.rundir import RunDir
-from steerwell.train.sources import Rollouts, Source, derived_seed, passes, steps_in
+from steerwell.train.sources import Rollouts, Source, derived_seed, epoch_order, passes, steps_in
 from steerwell.train.terms import Spec, Term, check_data, describe, functions_of, make_terms, needed
 
 Model = Policy | RewardModel
@@ -240,7 +240,8 @@ def _run(
         device=trained.device,
     )
     if order.source is None and names & REFERENCE_NAMES:
-        provider.fill_reference([*data.items, *held_out.items], order.progress)
+        reached = epoch_order(len(data.items), 0, config.seed)[:stream]  # all, unless the run is short
+        provider.fill_reference([*(data.items[i] for i in reached), *held_out.items], order.progress)
     return Run(
         trained=trained,
         terms=order.terms,
