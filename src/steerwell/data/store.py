@@ -64,7 +64,9 @@ def open_store(url_or_path: str | Path, *, create: bool = True) -> Store:
             raise InputError("no such store", file=name, mend="Make one: steerwell import FILE --to STORE.")
     engine = schema.connect(name)
     try:
-        schema.prepare(engine, engine.url.render_as_string() if "://" in name else name)
+        if "://" in name:
+            name = engine.url.render_as_string()  # without the password, for messages
+        schema.prepare(engine, name)
     except BaseException:
         engine.dispose()
         raise
