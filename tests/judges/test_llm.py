@@ -9,8 +9,8 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-from chat_server import ChatServer, Request
 
+from chat_server import ChatServer, Request
 from steerwell.data.errors import InputError
 from steerwell.data.evidence import check_annotation
 from steerwell.data.messages import Message, as_messages
