@@ -88,3 +88,12 @@ def test_planted_biases_are_found() -> None:
     assert found.longer.value == pytest.approx(0.7 * 0.8 + 0.3 * 0.5, abs=0.05)
     chance = 0.71**2 + 0.29**2
     assert found.agreement.value == pytest.approx(chance, abs=0.06)
+
+
+def test_an_unknown_order_says_nothing_about_sides() -> None:
+    """Imported pairs name the chosen first: that is no taste for the first shown."""
+    a, b = completion("x"), completion("y z")
+    notes = (Annotation("preference", (a.id, b.id), "dataset:f", 0, order_known=False),)
+    found = audit([CompletionGroup(ASK, (a, b), notes)])
+    assert found.first_shown == Share(None, None, None, 0)
+    assert (found.longer.value, found.longer.n) == (0.0, 1)

@@ -82,9 +82,12 @@ def audit(groups: Iterable[CompletionGroup]) -> Audit:
     texts = Counter(c.text_id for group in groups for c in group.completions)
     votes: dict[frozenset[str], dict[str, list[str | None]]] = defaultdict(lambda: defaultdict(list))
     found: list[Comparison] = []
+    sides: list[bool] = []  # whether the first shown won, where it is known which was shown first
     for annotation in annotations:
         for comparison in comparisons(annotation):
             found.append(comparison)
+            if annotation.order_known and comparison.winner is not None:
+                sides.append(comparison.winner == 0)
             shown = (comparison.first, comparison.second)
             winner = None if comparison.winner is None else shown[comparison.winner]
             pair = frozenset(shown)
@@ -106,7 +109,7 @@ def audit(groups: Iterable[CompletionGroup]) -> Audit:
         overlapping=len(units),
         agreement=_agreement(units),
         alpha=krippendorff_alpha([[_side(pair, w) for w in unit] for pair, unit in _met(votes)]),
-        first_shown=Share.of(sum(c.winner == 0 for c in decided), len(decided)),
+        first_shown=Share.of(sum(sides), len(sides)),
         longer=Share.of(
             sum((c.winner == 0) == (words.get(c.first, 0) > words.get(c.second, 0)) for c in unequal),
             len(unequal),
