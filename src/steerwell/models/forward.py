@@ -20,6 +20,7 @@ from steerwell.data.types import CompletionGroup
 from steerwell.models.attention import refuse_other_layers, use_steerwell_attention
 from steerwell.models.batch import Batch, tree
 from steerwell.models.render import Sequence, TokenizedGroup
+from steerwell.models.sharding import inside
 
 Pooling = Literal["last", "mean"]
 # Logits held at once: 64 MiB in fp32 on a CPU, 512 MiB on an accelerator.
@@ -34,13 +35,18 @@ def per_token_logps(
     ``temperature`` divides the logits, as it does in sampling. ``chunk`` is how many positions go through the
     head at once; by default as many as keep the logits below 64 MiB (512 MiB on an accelerator).
     """
-    hidden = hidden_states(model, batch).index_select(0, batch.src)
-    return token_logps(hidden, head(model), batch.target, temperature=temperature, chunk=chunk)
+
+    def run() -> Tensor:
+        hidden = hidden_states(model, batch).index_select(0, batch.src)
+        return token_logps(hidden, head(model), batch.target, temperature=temperature, chunk=chunk)
+
+    return inside(model, run)
 
 
 def sum_by_owner(values: Tensor, owner: Tensor, n: int) -> Tensor:
-    """(S,) values of tokens -> (n,) sums over each completion's tokens."""
-    return values.new_zeros(n).index_add(0, owner, values)
+    """(S,) values of tokens -> (n,) sums over each completion's tokens, added up in float64."""
+    exact = values if values.device.type == "mps" else values.double()
+    return exact.new_zeros(n).index_add(0, owner, exact).to(values.dtype)
 
 
 def reward_scores(model: nn.Module, batch: Batch, pooling: Pooling = "last") -> Tensor:
@@ -49,6 +55,10 @@ def reward_scores(model: nn.Module, batch: Batch, pooling: Pooling = "last") -> 
     ``last`` reads the hidden state of each completion's last token (as ``transformers`` does), ``mean`` the
     mean over its scored tokens.
     """
+    return inside(model, _scores, model, batch, pooling)
+
+
+def _scores(model: nn.Module, batch: Batch, pooling: Pooling) -> Tensor:
     hidden = hidden_states(model, batch)
     if pooling == "last":
         pooled = hidden.index_select(0, batch.last)
@@ -59,7 +69,7 @@ def reward_scores(model: nn.Module, batch: Batch, pooling: Pooling = "last") -> 
     else:
         raise ValueError(f"unknown pooling {pooling!r}: choose last or mean")
     score: Any = unwrap(model).score
-    return score(pooled)[:, 0].float()
+    return score(pooled)[:, 0].float().clone()  # FSDP wants a tensor of its own, not a view
 
 
 def hidden_states(model: nn.Module, batch: Batch) -> Tensor:

@@ -31,6 +31,7 @@ from steerwell.models.attention import use_steerwell_attention
 from steerwell.models.forward import unwrap
 from steerwell.models.kv_cache import CachePlan
 from steerwell.models.render import tokenize_prompts
+from steerwell.models.sharding import gathered
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -141,9 +142,13 @@ def generate(
     keys = _row_keys(prompts, n, seed)
     device = next(model.parameters()).device
     draw = _Draw(list(prompts), n, room, keys, sorted(set(stop)), temperature, greedy, device, progress)
-    with sampling(model), torch.no_grad():
-        for wave in _waves([len(ids) for ids in prompts]):
-            _run(model, draw, wave, batch_size)
+
+    def run() -> None:
+        with sampling(model), torch.no_grad():
+            for wave in _waves([len(ids) for ids in prompts]):
+                _run(model, draw, wave, batch_size)
+
+    gathered(model, run)
     return draw.samples()
 
 
