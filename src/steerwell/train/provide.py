@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from steerwell.data.errors import InputError
-from steerwell.models.batch import build, pack
+from steerwell.models.batch import Layout, build, layout_for, pack
 from steerwell.models.forward import Pooling, per_token_logps, reward_scores, sum_by_owner
 from steerwell.models.render import Sequence as TokenSequence
 from steerwell.models.render import TokenizedGroup
@@ -58,7 +58,7 @@ class Provider:
 
     def micro_batches(self, items: Sequence[Item]) -> list[list[Item]]:
         """Items cut under the token budget, whole groups, an over-long one alone."""
-        packed = pack([item.tokens for item in items], self.max_tokens, self.layout)
+        packed = pack([item.tokens for item in items], self.max_tokens, self._layout())
         return [[items[i] for i in members] for members in packed]
 
     def targets(self, items: Sequence[Item]) -> dict[str, Tensor]:
@@ -121,7 +121,12 @@ class Provider:
         return (total / max(1, count)).clamp(min=0).float()
 
     def _build(self, items: Sequence[Item]) -> Any:
-        return build([item.tokens for item in items], self.layout).to(self.device)
+        return build([item.tokens for item in items], self._layout()).to(self.device)
+
+    def _layout(self) -> Layout:
+        """The layout that the model in training and the reference can both take."""
+        reference = self.reference.model
+        return layout_for(self.layout, self.model, *(() if reference is None else (reference,)))
 
 
 def _mismatch(items: Sequence[Item], limit: int | None) -> list[Item]:
