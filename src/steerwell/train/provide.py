@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from steerwell.data.errors import InputError
-from steerwell.models.batch import build, pack
+from steerwell.models.batch import Layout, build, layout_for, pack
 from steerwell.models.forward import Pooling, per_token_logps, reward_scores, sum_by_owner
 from steerwell.models.render import Sequence as TokenSequence
 from steerwell.models.render import TokenizedGroup
@@ -54,7 +54,7 @@ class Provider:
         Every process gets equally many.
         """
         mine = [items[i] for i in self.ranks.share([item.size for item in items])]
-        packed = pack([item.tokens for item in mine], self.max_tokens, self.layout)
+        packed = pack([item.tokens for item in mine], self.max_tokens, self._layout())
         found = [MicroBatch([mine[i] for i in members]) for members in packed]
         if not self.ranks.alone and items:
             idle = MicroBatch([min(items, key=lambda item: item.size)], live=False)
@@ -143,7 +143,12 @@ class Provider:
         return (total / max(1, count)).clamp(min=0).float()
 
     def _build(self, items: Sequence[Item]) -> Any:
-        return build([item.tokens for item in items], self.layout).to(self.device)
+        return build([item.tokens for item in items], self._layout()).to(self.device)
+
+    def _layout(self) -> Layout:
+        """The layout that the model in training and the reference can both take."""
+        reference = self.reference.model
+        return layout_for(self.layout, self.model, *(() if reference is None else (reference,)))
 
 
 def _look_up(files: Sequence[Kept], reference: str, items: Mapping[bytes, Item]) -> dict[bytes, list[float]]:
