@@ -73,6 +73,18 @@ def asked_adapter(
     return None
 
 
+def settings_of(adapter: Adapter | None) -> dict[str, Any]:
+    """An adapter as the settings that :func:`asked_adapter` takes."""
+    if adapter is None:
+        return {}
+    return {
+        "lora": adapter.rank,
+        "adapter": adapter.kind,
+        "lora_alpha": adapter.alpha,
+        "lora_targets": adapter.targets,
+    }
+
+
 def four_bits(adapter: Adapter | None, device: torch.device) -> BitsAndBytesConfig | None:
     """How weights are to be quantised when they are read: None unless the adapter is ``qlora``.
 
@@ -264,5 +276,6 @@ __all__ = [
     "is_quantised",
     "merged",
     "scalings",
+    "settings_of",
     "without_adapter",
 ]
