@@ -30,7 +30,7 @@ from steerwell.train.checkpoint import (
 from steerwell.train.config import TrainConfig
 from steerwell.train.items import Item, Progress, prepare, set_advantages
 from steerwell.train.metrics import MetricsFile, Totals
-from steerwell.train.preflight import StartChecks
+from steerwell.train.preflight import StartChecks, check_packing
 from steerwell.train.provide import Provider
 from steerwell.train.rundir import RunDir, TrainingError
 from steerwell.train.sources import Source, derived_seed, rollout_figures, shuffled
@@ -84,6 +84,7 @@ def fit(run: Run) -> None:
     try:
         with _interruptible() as asked:
             if start == 0:
+                run.folder.write(preflight=check_packing(run.provider, _items(run, 0)[0]))
                 _look(run, 0, metrics, {}, always=True)
             for step in range(start, run.steps):
                 _set_rate(run, step)
@@ -169,7 +170,9 @@ def _step(run: Run, step: int) -> dict[str, float]:
 
     with _dropout(run, step):
         outcome = run_items(items, run.terms, run.provider, backward=True, observe=observe)
-    checks.conclude(outcome.parts)
+    found = checks.conclude(outcome.parts)
+    if step == 0:
+        run.folder.write(preflight={**run.folder.record.get("preflight", {}), "first_step": found})
     parameters = list(run.names)
     limit = run.config.max_grad_norm
     norm = torch.nn.utils.clip_grad_norm_(parameters, math.inf if limit is None else limit)

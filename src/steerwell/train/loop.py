@@ -37,7 +37,8 @@ from steerwell.train.config import (
     split_settings,
 )
 from steerwell.train.fit import Run, Watch, fit
-from steerwell.train.items import Prepared, Progress, items_digest, prepare
+from steerwell.train.items import Prepared, Progress, items_digest, prepare, refuse_longer
+from steerwell.train.preflight import check_ends, stop_tokens
 from steerwell.train.provide import REFERENCE_NAMES, Provider, Reference, check_mismatch
 from steerwell.train.rundir import RunDir
 from steerwell.train.sources import Rollouts, Source, derived_seed, epoch_order, passes, steps_in
@@ -287,20 +288,19 @@ def make_optimizer(model: torch.nn.Module, config: TrainConfig) -> torch.optim.A
 
 
 def _prepared(order: _Order, groups: list[CompletionGroup], given: Model, config: TrainConfig) -> Prepared:
-    """Tokenised groups; raises :class:`InputError` for one that is longer than the model can read."""
+    """Tokenised groups; raises :class:`InputError` for one that is longer than the model can read, and where
+    no completion ends with a stop token.
+    """
     if not groups:
         return Prepared([], {})
     data = prepare(groups, order.terms, given.tokenizer, config.max_length, config.layout, order.progress)
-    context = context_of(given.model)
-    if context is not None:
-        for item in data.items:
-            longest = max(len(sequence.ids) for sequence in item.tokens.sequences)
-            if longest > context:
-                raise InputError(
-                    f"prompt {item.prompt_id} with a completion has {longest} tokens; the model reads {context}",
-                    mend=f"Give max_length = {context} or less, or leave it out.",
-                )
-    return data
+    refuse_longer(data.items, context_of(given.model))
+    stops = given.stop_ids if isinstance(given, Policy) else stop_tokens(given.tokenizer)
+    ends = check_ends(data.items, given.tokenizer, stops, learns=order.terms[0].kind != "reward")
+    notes = [*data.about["notes"], *ends.pop("notes")]
+    if notes and order.progress is not None:
+        order.progress("data", len(data.items), len(data.items), "; ".join(notes))
+    return Prepared(data.items, {**data.about, "ends": ends, "notes": notes})
 
 
 def context_of(model: Any) -> int | None:
