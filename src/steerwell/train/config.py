@@ -93,7 +93,9 @@ class Recipe(BaseModel):
     ``resolve`` turns annotations into targets: "auto" asks the objective (pairs: majority; labels: labels;
     scores: mean), and a table ``[resolve]`` holds a ``rule`` with its settings. Paths are taken from where
     the command runs. With ``judge`` the run is online: completions are sampled from the policy for the
-    prompts of ``data``, and ``[rollouts]`` holds the sampling settings.
+    prompts of ``data``, and ``[rollouts]`` holds the sampling settings. ``lora`` is the rank of a new adapter:
+    the rest of the model stays as it is; ``adapter`` is its kind, ``lora_alpha`` its factor (twice the rank),
+    ``lora_targets`` the linear layers that get it (all below the head).
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -108,6 +110,9 @@ class Recipe(BaseModel):
     resolve: str | dict[str, Any] = "auto"
     reference: str = "start"
     lora: int | None = Field(default=None, ge=1)
+    adapter: Literal["lora", "dora", "qlora"] = "lora"
+    lora_alpha: float | None = Field(default=None, gt=0)
+    lora_targets: list[str] | None = None
     judge: str | None = None
     hyperparameters: dict[str, Any] = Field(default_factory=dict)
     train: TrainConfig = TrainConfig()

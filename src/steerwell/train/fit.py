@@ -31,7 +31,7 @@ from steerwell.train.checkpoint import (
 from steerwell.train.config import TrainConfig
 from steerwell.train.items import Item, Progress, prepare, set_advantages
 from steerwell.train.metrics import MetricsFile, Totals
-from steerwell.train.preflight import StartChecks
+from steerwell.train.preflight import StartChecks, check_packing
 from steerwell.train.provide import Provider
 from steerwell.train.ranks import Ranks
 from steerwell.train.rundir import RunDir, TrainingError
@@ -92,6 +92,7 @@ def fit(run: Run) -> None:
     try:
         with _interruptible() as asked:
             if start == 0:
+                run.folder.write(preflight=check_packing(run.provider, _items(run, 0)[0]))
                 _look(run, 0, metrics, {}, always=True)
             for step in range(start, run.steps):
                 _set_rate(run, step)
@@ -188,7 +189,9 @@ def _step(run: Run, step: int) -> dict[str, float]:
 
     with _dropout(run, step):
         outcome = run_items(items, run.terms, run.provider, backward=True, observe=observe)
-    run.ranks.together(lambda: checks.conclude(outcome.parts))
+    found = run.ranks.together(lambda: checks.conclude(outcome.parts))
+    if step == 0:
+        run.folder.write(preflight={**run.folder.record.get("preflight", {}), "first_step": found})
     if not run.ranks.alone:
         totals.merge(run.ranks.gather(totals.state()))
     parameters = list(run.names)
