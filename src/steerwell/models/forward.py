@@ -59,7 +59,7 @@ def reward_scores(model: nn.Module, batch: Batch, pooling: Pooling = "last") -> 
     else:
         raise ValueError(f"unknown pooling {pooling!r}: choose last or mean")
     score: Any = unwrap(model).score
-    return score(pooled)[:, 0].float()
+    return score(pooled.to(score.weight.dtype))[:, 0].float()
 
 
 def hidden_states(model: nn.Module, batch: Batch) -> Tensor:
