@@ -8,8 +8,8 @@ function of its arguments: killed at any moment, the same call continues it to t
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from steerwell.data.messages import digest
 from steerwell.data.types import CompletionGroup
 from steerwell.models.load import Policy, RewardModel, load_policy, load_reward_model, weights_digest
 from steerwell.objectives.table import hyperparameters
+from steerwell.train.best import Best, check_best
 from steerwell.train.config import (
     FREE_SETTINGS,
     LEARNING_RATES,
@@ -29,9 +30,12 @@ from steerwell.train.config import (
     split_settings,
 )
 from steerwell.train.fit import Run, Watch, fit
-from steerwell.train.items import Prepared, Progress, items_digest, prepare
+from steerwell.train.items import Item, Prepared, Progress, items_digest, prepare
+from steerwell.train.layers import needs_checkpointing, set_layers
+from steerwell.train.precision import MasterWeights, dtype_of, in_dtype, resolved_dtype, set_precision
 from steerwell.train.provide import REFERENCE_NAMES, Provider, Reference, check_mismatch
 from steerwell.train.rundir import RunDir
+from steerwell.train.sinks import check_sinks
 from steerwell.train.sources import Rollouts, Source, derived_seed, epoch_order, passes, steps_in
 from steerwell.train.terms import Spec, Term, check_data, describe, functions_of, make_terms, needed
 
@@ -116,6 +120,8 @@ def _check(policy: Any, order: _Order, evaluated: bool) -> None:
     """What can be said before a model is touched."""
     terms = order.terms
     _refuse_unused(order.config, terms, order.source, evaluated, order.watch is not None)
+    check_best(order.config, evaluated=evaluated, watched=order.watch is not None)
+    check_sinks(order.config.sinks)
     if order.source is None:
         check_data(terms, order.groups)
     if evaluated:
@@ -176,7 +182,7 @@ def _train(policy: Any, order: _Order, folder: RunDir) -> Model:
     reward = order.terms[0].kind == "reward"
     owned = isinstance(policy, str | Path)
     given: Model = _load(policy, reward, order.lora) if owned else policy
-    config = _with_rate(order.config, order.terms, given.model)
+    config = _with_dtype(_with_rate(order.config, order.terms, given.model), given)
     start = start_digest(given)
     data = _prepared(order, order.groups, given, config)
     held_out = _prepared(order, order.eval_groups, given, config)
@@ -202,8 +208,12 @@ def _train(policy: Any, order: _Order, folder: RunDir) -> Model:
             order.progress("train", 1, 1, f"{folder.path} holds this run, finished; nothing was trained")
         return _load(folder.model, reward)
     trained = _trained(given, reward, owned, config)
+    dtype = getattr(torch, config.dtype)
+    masters = set_precision(trained.model, dtype)
     live = _live_reference(order, reference, given, trained, owned)
-    fit(_run(order, config, data, held_out, trained, live, folder))
+    if live.model is not None:
+        live = replace(live, model=in_dtype(live.model, dtype))
+    fit(_run(order, config, data, held_out, trained, masters, live, folder))
     trained.name, trained.path = folder.path.name, str(folder.model)
     return trained
 
@@ -214,6 +224,7 @@ def _run(
     data: Prepared,
     held_out: Prepared,
     trained: Model,
+    masters: MasterWeights | None,
     reference: Reference,
     folder: RunDir,
 ) -> Run:
@@ -248,7 +259,7 @@ def _run(
         config=config,
         provider=provider,
         folder=folder,
-        optimizer=make_optimizer(trained.model, config),
+        optimizer=make_optimizer(masters.names if masters else trained.model.parameters(), config),
         steps=steps,
         items=data.items,
         stream=stream,
@@ -256,12 +267,25 @@ def _run(
         source=order.source,
         watch=order.watch,
         progress=order.progress,
+        best=Best.of(config, folder.checkpoints / "best"),
+        masters=masters,
+        release=_set_layers(trained.model, config, data.items, folder),
     )
 
 
-def make_optimizer(model: torch.nn.Module, config: TrainConfig) -> torch.optim.AdamW:
-    """AdamW over the trainable parameters; weight decay (decoupled) only on matrices."""
-    parameters = [p for p in model.parameters() if p.requires_grad]
+def _set_layers(model: Any, config: TrainConfig, items: Sequence[Item], folder: RunDir) -> Callable[[], None]:
+    """Layers as the settings say; whether activations are recomputed is recorded with the run."""
+    recompute = config.gradient_checkpointing
+    if recompute == "auto":
+        tokens = max(config.max_tokens, *(item.size for item in items), 0)
+        recompute = needs_checkpointing(model, min(tokens, sum(item.size for item in items) or tokens))
+    folder.write(gradient_checkpointing=recompute)
+    return set_layers(model, recompute=recompute, compiled=config.compile, dropout=config.dropout)
+
+
+def make_optimizer(parameters: Iterable[Any], config: TrainConfig) -> torch.optim.AdamW:
+    """AdamW over those of the parameters that are trained; weight decay (decoupled) only on matrices."""
+    parameters = [p for p in parameters if p.requires_grad]
     groups = [
         {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": config.weight_decay},
         {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
@@ -309,6 +333,12 @@ def _with_rate(config: TrainConfig, terms: Sequence[Term], model: Any) -> TrainC
         kind = "sft" if all(term.name == "sft" for term in terms) else "policy"
     rate = LEARNING_RATES[kind] * (LORA_FACTOR if hasattr(model, "peft_config") else 1.0)
     return config.model_copy(update={"learning_rate": rate})
+
+
+def _with_dtype(config: TrainConfig, given: Model) -> TrainConfig:
+    """The configuration with the dtype that "auto" means on this device."""
+    dtype = resolved_dtype(config.dtype, given.device, dtype_of(given.model))
+    return config.model_copy(update={"dtype": str(dtype).removeprefix("torch.")})
 
 
 def _load(path: str | Path, reward: bool, lora: int | None = None) -> Model:
