@@ -230,6 +230,7 @@ def _run(
 ) -> Run:
     """Put the run together; the log-probs of the reference are computed here, once, for recorded data."""
     names = needed(order.terms)
+    release = _set_layers(trained.model, config, data.items, folder)
     if order.source is not None:
         steps = config.steps or order.source.steps(config.epochs)
         stream = 0
@@ -269,7 +270,7 @@ def _run(
         progress=order.progress,
         best=Best.of(config, folder.checkpoints / "best"),
         masters=masters,
-        release=_set_layers(trained.model, config, data.items, folder),
+        release=release,
     )
 
 
