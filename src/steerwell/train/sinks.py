@@ -63,6 +63,7 @@ PRIVATE = {
     "console": "off",
     "disable_code": True,
     "disable_git": True,
+    "host": "unnamed",
     "save_code": False,
     "x_disable_machine_info": True,
     "x_disable_meta": True,
