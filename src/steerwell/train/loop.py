@@ -8,8 +8,8 @@ function of its arguments: killed at any moment, the same call continues it to t
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,7 @@ from steerwell.models.adapters import (
 from steerwell.models.load import Policy, RewardModel, load_policy, load_reward_model, weights_digest
 from steerwell.models.sharding import shard, skeleton
 from steerwell.objectives.table import hyperparameters
+from steerwell.train.best import Best, check_best
 from steerwell.train.config import (
     FREE_SETTINGS,
     LEARNING_RATES,
@@ -39,11 +40,21 @@ from steerwell.train.config import (
 )
 from steerwell.train.fit import Run, Watch, fit
 from steerwell.train.items import Item, Prepared, Progress, items_digest, prepare, refuse_longer
+from steerwell.train.layers import needs_checkpointing, set_layers
+from steerwell.train.precision import (
+    MasterWeights,
+    dtype_of,
+    in_dtype,
+    keep_fine,
+    resolved_dtype,
+    set_precision,
+)
 from steerwell.train.preflight import check_ends, stop_tokens
 from steerwell.train.provide import Provider, check_mismatch
 from steerwell.train.ranks import Ranks, current, join, mesh
 from steerwell.train.reference import REFERENCE_NAMES, Kept, Reference, base_digest, cache_path
 from steerwell.train.rundir import RunDir
+from steerwell.train.sinks import check_sinks
 from steerwell.train.sources import Rollouts, Source, derived_seed, epoch_order, passes, steps_in
 from steerwell.train.terms import Spec, Term, check_data, describe, functions_of, make_terms, needed
 
@@ -135,6 +146,8 @@ def _check(policy: Any, order: _Order, evaluated: bool) -> None:
     """What can be said before a model is touched."""
     terms = order.terms
     _refuse_unused(order.config, terms, order.source, evaluated, order.watch is not None)
+    check_best(order.config, evaluated=evaluated, watched=order.watch is not None)
+    check_sinks(order.config.sinks)
     if order.source is None:
         check_data(terms, order.groups)
     if evaluated:
@@ -193,7 +206,7 @@ def _train(policy: Any, order: _Order, folder: RunDir, ranks: Ranks) -> Model:
     reward = order.terms[0].kind == "reward"
     owned = isinstance(policy, str | Path)
     given: Model = ranks.together(lambda: _load(policy, reward, order.adapter)) if owned else policy
-    config = _with_rate(order.config, order.terms, given.model)
+    config = _with_dtype(_with_rate(order.config, order.terms, given.model), given)
     start = start_digest(given)
     data = _prepared(order, order.groups, given, config)
     held_out = _prepared(order, order.eval_groups, given, config)
@@ -220,9 +233,13 @@ def _train(policy: Any, order: _Order, folder: RunDir, ranks: Ranks) -> Model:
             order.progress("train", 1, 1, f"{folder.path} holds this run, finished; nothing was trained")
         return _load(folder.model, reward)
     trained = _trained(given, reward, owned, config)
+    dtype = getattr(torch, config.dtype)
     live = _live_reference(order, reference, given, trained, lent=not owned and ranks.alone)
-    bones = None if ranks.alone else _spread(trained, live, ranks)
-    run = _run(order, config, data, held_out, trained, live, folder, ranks)
+    if live.model is not None and live.model is not trained.model:
+        live = replace(live, model=in_dtype(live.model, dtype))
+    bones = None if ranks.alone else _spread(trained, live, ranks, dtype)
+    masters = set_precision(trained.model, dtype) if ranks.alone else None
+    run = _run(order, config, data, held_out, trained, masters, live, folder, ranks)
     run.bones = bones
     fit(run)
     if bones is not None:
@@ -231,12 +248,16 @@ def _train(policy: Any, order: _Order, folder: RunDir, ranks: Ranks) -> Model:
     return trained
 
 
-def _spread(trained: Model, reference: Reference, ranks: Ranks) -> Any:
-    """Spread the models of a run over the processes; returns the first one's skeleton, for the end."""
+def _spread(trained: Model, reference: Reference, ranks: Ranks, dtype: torch.dtype) -> Any:
+    """Spread the models of a run over the processes; returns the skeleton of the trained one, for the end.
+
+    Where ``dtype`` is coarser than float32 FSDP does what :class:`MasterWeights` does in one process.
+    """
     bones, over = skeleton(trained.model), mesh(ranks)
-    shard(trained.model, over)
+    coarse = dtype if keep_fine(trained.model, dtype) else None
+    shard(trained.model, over, coarse)
     if reference.model is not None and reference.model is not trained.model:
-        shard(reference.model, over)
+        shard(reference.model, over, coarse)
     return bones
 
 
@@ -246,12 +267,14 @@ def _run(
     data: Prepared,
     held_out: Prepared,
     trained: Model,
+    masters: MasterWeights | None,
     reference: Reference,
     folder: RunDir,
     ranks: Ranks,
 ) -> Run:
     """Put the run together; the log-probs of the reference are computed here, once, for recorded data."""
     names = needed(order.terms)
+    release = _set_layers(trained.model, config, data.items, folder)
     if order.source is not None:
         steps = config.steps or order.source.steps(config.epochs)
         stream = 0
@@ -272,7 +295,7 @@ def _run(
         limit=config.max_length or context_of(trained.model),
         device=trained.device,
         ranks=ranks,
-        precision=str(next(trained.model.parameters()).dtype),
+        precision=config.dtype,
     )
     if order.source is None and names & REFERENCE_NAMES:
         reached = epoch_order(len(data.items), 0, config.seed)[:stream]  # all, unless the run is short
@@ -284,7 +307,7 @@ def _run(
         config=config,
         provider=provider,
         folder=folder,
-        optimizer=make_optimizer(trained.model, config),
+        optimizer=make_optimizer(masters.names if masters else trained.model.parameters(), config),
         steps=steps,
         items=data.items,
         stream=stream,
@@ -292,7 +315,20 @@ def _run(
         source=order.source,
         watch=order.watch,
         progress=order.progress if ranks.writes else None,
+        best=Best.of(config, folder.checkpoints / "best"),
+        masters=masters,
+        release=release,
     )
+
+
+def _set_layers(model: Any, config: TrainConfig, items: Sequence[Item], folder: RunDir) -> Callable[[], None]:
+    """Layers as the settings say; whether activations are recomputed is recorded with the run."""
+    recompute = config.gradient_checkpointing
+    if recompute == "auto":
+        tokens = max(config.max_tokens, *(item.size for item in items), 0)
+        recompute = needs_checkpointing(model, min(tokens, sum(item.size for item in items) or tokens))
+    folder.write(gradient_checkpointing=recompute)
+    return set_layers(model, recompute=recompute, compiled=config.compile, dropout=config.dropout)
 
 
 def _fill_reference(
@@ -313,9 +349,9 @@ def _fill_reference(
         told("reference", counts["groups"], counts["groups"], "; ".join([note, *trouble]).strip("; "))
 
 
-def make_optimizer(model: torch.nn.Module, config: TrainConfig) -> torch.optim.AdamW:
-    """AdamW over the trainable parameters; weight decay (decoupled) only on matrices."""
-    parameters = [p for p in model.parameters() if p.requires_grad]
+def make_optimizer(parameters: Iterable[Any], config: TrainConfig) -> torch.optim.AdamW:
+    """AdamW over those of the parameters that are trained; weight decay (decoupled) only on matrices."""
+    parameters = [p for p in parameters if p.requires_grad]
     groups = [
         {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": config.weight_decay},
         {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
@@ -362,6 +398,12 @@ def _with_rate(config: TrainConfig, terms: Sequence[Term], model: Any) -> TrainC
         kind = "sft" if all(term.name == "sft" for term in terms) else "policy"
     rate = LEARNING_RATES[kind] * (LORA_FACTOR if hasattr(model, "peft_config") else 1.0)
     return config.model_copy(update={"learning_rate": rate})
+
+
+def _with_dtype(config: TrainConfig, given: Model) -> TrainConfig:
+    """The configuration with the dtype that "auto" means on this device."""
+    dtype = resolved_dtype(config.dtype, given.device, dtype_of(given.model))
+    return config.model_copy(update={"dtype": str(dtype).removeprefix("torch.")})
 
 
 def _load(path: str | Path, reward: bool, adapter: Adapter | None = None) -> Model:
