@@ -9,31 +9,24 @@ function of its arguments: killed at any moment, the same call continues it to t
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from steerwell.data.errors import InputError
-from steerwell.data.messages import digest
 from steerwell.data.types import CompletionGroup
 from steerwell.models.adapters import (
     Adapter,
     AdapterKind,
     asked_adapter,
-    fresh_adapter,
-    scalings,
-    settings_of,
 )
-from steerwell.models.load import Policy, RewardModel, load_policy, load_reward_model, weights_digest
-from steerwell.models.sharding import shard, skeleton
+from steerwell.models.load import Policy, RewardModel
 from steerwell.objectives.table import hyperparameters
 from steerwell.train.best import Best, check_best
 from steerwell.train.config import (
     FREE_SETTINGS,
-    LEARNING_RATES,
-    LORA_FACTOR,
     TrainConfig,
     parse,
     split_settings,
@@ -43,22 +36,26 @@ from steerwell.train.items import Item, Prepared, Progress, items_digest, prepar
 from steerwell.train.layers import needs_checkpointing, set_layers
 from steerwell.train.precision import (
     MasterWeights,
-    dtype_of,
-    in_dtype,
-    keep_fine,
-    resolved_dtype,
     set_precision,
 )
 from steerwell.train.preflight import check_ends, stop_tokens
 from steerwell.train.provide import Provider, check_mismatch
-from steerwell.train.ranks import Ranks, current, join, mesh
-from steerwell.train.reference import REFERENCE_NAMES, Kept, Reference, base_digest, cache_path
+from steerwell.train.ranks import Ranks, join
+from steerwell.train.reference import REFERENCE_NAMES, Kept, Reference, cache_path
 from steerwell.train.rundir import RunDir
 from steerwell.train.sinks import check_sinks
-from steerwell.train.sources import Rollouts, Source, derived_seed, epoch_order, passes, steps_in
+from steerwell.train.sources import Rollouts, Source, epoch_order, passes, steps_in
+from steerwell.train.start import (
+    Model,
+    completed,
+    live_reference,
+    load_model,
+    named_reference,
+    spread,
+    start_digest,
+    to_train,
+)
 from steerwell.train.terms import Spec, Term, check_data, describe, functions_of, make_terms, needed
-
-Model = Policy | RewardModel
 
 
 @dataclass(frozen=True)
@@ -205,14 +202,15 @@ def _refuse_unused(
 def _train(policy: Any, order: _Order, folder: RunDir, ranks: Ranks) -> Model:
     reward = order.terms[0].kind == "reward"
     owned = isinstance(policy, str | Path)
-    given: Model = ranks.together(lambda: _load(policy, reward, order.adapter)) if owned else policy
-    config = _with_dtype(_with_rate(order.config, order.terms, given.model), given)
+    given: Model = ranks.together(lambda: load_model(policy, reward, order.adapter)) if owned else policy
+    config = completed(order.config, order.terms, given)
     start = start_digest(given)
     data = _prepared(order, order.groups, given, config)
     held_out = _prepared(order, order.eval_groups, given, config)
     if "kl" in needed(order.terms) and order.source is None:
         check_mismatch(data.items, config.batch_size)
-    reference = _reference(order, given, start)
+    wanted = order.reference not in (None, "none") and _wants_reference(order)
+    reference = named_reference(order.reference, given, start) if wanted else Reference("none")
     identity = {
         "objective": describe(order.terms),
         "train": config.model_dump(exclude=set(FREE_SETTINGS)),
@@ -231,34 +229,20 @@ def _train(policy: Any, order: _Order, folder: RunDir, ranks: Ranks) -> Model:
     if state == "done":
         if order.progress is not None:
             order.progress("train", 1, 1, f"{folder.path} holds this run, finished; nothing was trained")
-        return _load(folder.model, reward)
-    trained = _trained(given, reward, owned, config)
-    dtype = getattr(torch, config.dtype)
-    live = _live_reference(order, reference, given, trained, lent=not owned and ranks.alone)
-    if live.model is not None and live.model is not trained.model:
-        live = replace(live, model=in_dtype(live.model, dtype))
-    bones = None if ranks.alone else _spread(trained, live, ranks, dtype)
+        return load_model(folder.model, reward)
+    trained, dtype = to_train(given, reward, owned, config), getattr(torch, config.dtype)
+    once = order.source is None and "kl" not in needed(order.terms)
+    lent = not owned and ranks.alone
+    live = live_reference(reference, given, trained, first_only=once, lent=lent, dtype=dtype)
+    bones = None if ranks.alone else spread(trained, live, ranks, dtype)
     masters = set_precision(trained.model, dtype) if ranks.alone else None
     run = _run(order, config, data, held_out, trained, masters, live, folder, ranks)
     run.bones = bones
     fit(run)
     if bones is not None:
-        return _load(folder.model, reward)
+        return load_model(folder.model, reward)
     trained.name, trained.path = folder.path.name, str(folder.model)
     return trained
-
-
-def _spread(trained: Model, reference: Reference, ranks: Ranks, dtype: torch.dtype) -> Any:
-    """Spread the models of a run over the processes; returns the skeleton of the trained one, for the end.
-
-    Where ``dtype`` is coarser than float32 FSDP does what :class:`MasterWeights` does in one process.
-    """
-    bones, over = skeleton(trained.model), mesh(ranks)
-    coarse = dtype if keep_fine(trained.model, dtype) else None
-    shard(trained.model, over, coarse)
-    if reference.model is not None and reference.model is not trained.model:
-        shard(reference.model, over, coarse)
-    return bones
 
 
 def _run(
@@ -383,108 +367,6 @@ def _prepared(order: _Order, groups: list[CompletionGroup], given: Model, config
 def context_of(model: Any) -> int | None:
     """How many positions the model knows; None where its configuration names no limit."""
     return getattr(model.config.get_text_config(), "max_position_embeddings", None)
-
-
-def _with_rate(config: TrainConfig, terms: Sequence[Term], model: Any) -> TrainConfig:
-    """The configuration with its learning rate filled in by kind, ten times as high with LoRA."""
-    if config.learning_rate is not None:
-        return config
-    kinds = {term.kind for term in terms}
-    if "reward" in kinds:
-        kind = "reward"
-    elif "policy_gradient" in kinds:
-        kind = "policy_gradient"
-    else:
-        kind = "sft" if all(term.name == "sft" for term in terms) else "policy"
-    rate = LEARNING_RATES[kind] * (LORA_FACTOR if hasattr(model, "peft_config") else 1.0)
-    return config.model_copy(update={"learning_rate": rate})
-
-
-def _with_dtype(config: TrainConfig, given: Model) -> TrainConfig:
-    """The configuration with the dtype that "auto" means on this device."""
-    dtype = resolved_dtype(config.dtype, given.device, dtype_of(given.model))
-    return config.model_copy(update={"dtype": str(dtype).removeprefix("torch.")})
-
-
-def _load(path: str | Path, reward: bool, adapter: Adapter | None = None) -> Model:
-    """A model from its directory, or from a run directory (its ``model``)."""
-    place = Path(path)
-    if not (place / "config.json").is_file() and (place / "model" / "config.json").is_file():
-        place = place / "model"
-    name = str(place) if place.is_dir() else path
-    config = place / "config.json"
-    if reward and config.is_file() and "ForSequenceClassification" in config.read_text("utf-8"):
-        return load_reward_model(name, **settings_of(adapter))
-    return load_policy(name, **settings_of(adapter))
-
-
-def _trained(given: Model, reward: bool, owned: bool, config: TrainConfig) -> Model:
-    """The model that will be changed: never the caller's own. A new adapter is drawn anew from the seed, so
-    that a run that is started again before its first checkpoint is the same run.
-    """
-    if isinstance(given, Policy) and reward:
-        trained: Model = RewardModel.from_policy(given, pooling=config.pooling)
-    else:
-        trained = given if owned else given.copy()
-    if fresh_adapter(trained.model):
-        generator = torch.Generator().manual_seed(derived_seed(config.seed, "adapter", 0))
-        with torch.no_grad():
-            for name, parameter in trained.model.named_parameters():
-                if "lora_A" in name:
-                    bound = parameter.shape[1] ** -0.5
-                    drawn = torch.rand(parameter.shape, generator=generator) * 2 * bound - bound
-                    parameter.copy_(drawn)
-    return trained
-
-
-def _reference(order: _Order, given: Model, start: str) -> Reference:
-    """Which reference the run has; the model of "start" is put in by :func:`_live_reference`."""
-    if order.reference in (None, "none") or not _wants_reference(order):
-        return Reference("none")
-    if isinstance(order.reference, str) and order.reference == "start":
-        return Reference("start", start)
-    model = order.reference if isinstance(order.reference, Policy) else _load(order.reference, reward=False)
-    if len(model.tokenizer) != len(given.tokenizer):
-        raise InputError(
-            "the reference has another vocabulary than the policy", mend="Use a reference of the same family."
-        )
-    lent = model is order.reference and current().alone  # several processes would spread the caller's own
-    held = model if lent or model is not order.reference else model.copy()
-    return Reference("policy", model.digest(), held.model, weights=model.digest())
-
-
-def _live_reference(
-    order: _Order, reference: Reference, given: Model, trained: Model, lent: bool
-) -> Reference:
-    """Give "start" its model: the adapter switched off where that is the same; the caller's own policy, if it
-    is ``lent``; or a copy. For recorded data the model in training serves, as it is asked before the first
-    update only.
-    """
-    if reference.kind != "start":
-        return reference
-    if fresh_adapter(trained.model):
-        weights = base_digest(trained.model)
-        return Reference("start", reference.digest, trained.model, adapter_off=True, weights=weights)
-    weights = given.digest()
-    if order.source is None and "kl" not in needed(order.terms):
-        return Reference("start", reference.digest, trained.model, weights=weights)
-    model = given.model if lent else given.copy().model
-    return Reference("start", reference.digest, model, weights=weights)
-
-
-def start_digest(given: Model) -> str:
-    """The digest of the weights that decide the run: without a new adapter's, which is drawn from the
-    seed.
-    """
-    if not fresh_adapter(given.model):
-        return given.digest()
-    rest = [(name, p) for name, p in given.model.named_parameters() if "lora_" not in name]
-    shapes = [[n, list(p.shape)] for n, p in given.model.named_parameters() if "lora_" in n]
-    module = torch.nn.Module()
-    for i, (_, parameter) in enumerate(rest):
-        module.register_parameter(f"p{i}", torch.nn.Parameter(parameter.detach(), requires_grad=False))
-    recipe = asdict(given.recipe) if isinstance(given, RewardModel) else None
-    return digest(weights_digest(module), [name for name, _ in rest], shapes, scalings(given.model), recipe)
 
 
 __all__ = ["make_optimizer", "train"]
