@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from pathlib import Path
 from typing import Any
@@ -207,7 +208,9 @@ def test_eval_by_samples_keeps_the_texts(
 ) -> None:
     words = ["--tasks", "win_rate", "--judge", "rules:max_words:4", "--prompts", "prefs.db", "--limit", "3"]
     words += ["--max-new-tokens", "6", "--to", "eval.db", "--json"]
-    found = run("eval", "dpo", "--against", tiny_dir, *words).json
+    outcome = run("eval", "dpo", "--against", tiny_dir, *words)
+    assert outcome.err.splitlines() == ["win_rate …", "win_rate: done"]
+    found = outcome.json
     assert found["settings"]["judge"] == "rules:max_words:4"
     (result,) = found["results"]
     assert result["n"] == 3
@@ -244,7 +247,37 @@ def test_a_slow_command_without_a_terminal_says_how_far_it_is(
         for i in range(5):
             now += 4.0
             step(i + 1, 5)
-    assert capsys.readouterr().err == "sample: 3 of 5\n"
+    assert capsys.readouterr().err == "sample: 3 of 5, 0:08 left\n"
+
+
+def test_stages_without_a_terminal_are_few_lines_with_the_time_left(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = 0.0
+    monkeypatch.setattr(show.time, "monotonic", lambda: now)
+    with show.stages() as step:
+        # a run that is continued: what was done before says nothing of its speed
+        for done in range(600, 1001):
+            step("train", done, 1000, f"loss {done / 1000:.2f}")
+            now += 5.0
+    told = capsys.readouterr().err.splitlines()
+    assert told[0] == "train … 600 of 1000 loss 0.60"
+    assert told[1] == "train: 602 of 1000, 33:10 left  loss 0.60"
+    assert told[-1] == "train: done loss 1.00"
+    assert 20 < len(told) < 60
+    assert show.clock(8040.4) == "2:14:00"
+
+
+def test_a_bar_in_a_terminal_shows_the_time_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    screen = io.StringIO()
+    screen.isatty = lambda: True  # type: ignore[method-assign]
+    monkeypatch.setattr(show.sys, "stderr", screen)
+    monkeypatch.setenv("TERM", "xterm")
+    with show.stages() as step:
+        step("train", 3, 8, "loss 0.69  1,200 tokens/s")
+        step("train", 8, 8, "loss 0.31  1,300 tokens/s")
+    assert "3/8" in screen.getvalue()
+    assert "loss 0.31  1,300 tokens/s" in screen.getvalue()
 
 
 def test_json_has_no_numbers_that_are_none(capsys: pytest.CaptureFixture[str]) -> None:

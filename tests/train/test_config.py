@@ -80,6 +80,19 @@ def test_settings_that_would_change_nothing_are_refused(tmp_path: Path) -> None:
     assert "lora is for a policy given as a path" in refused(tmp_path, data, "dpo", lora=4)
 
 
+def test_settings_out_of_range_are_refused(tmp_path: Path) -> None:
+    data = pair_groups()
+    for name, value in {
+        "dtype": "float16",
+        "gradient_checkpointing": "sometimes",
+        "compile": "fast",
+        "patience": 0,
+        "best_mode": "up",
+    }.items():
+        assert f"{name} = {value}" in refused(tmp_path, data, "dpo", **{name: value})
+    assert not any(tmp_path.iterdir())
+
+
 def test_mixtures(tmp_path: Path) -> None:
     terms, _ = checked([("dpo", 1.0), ("sft", 0.2)], None, {"beta": 0.3})
     assert [(t.name, t.weight, t.hyper.get("beta")) for t in terms] == [("dpo", 1.0, 0.3), ("sft", 0.2, None)]

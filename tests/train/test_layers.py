@@ -136,6 +136,7 @@ def test_a_model_without_known_layers_is_refused() -> None:
     with pytest.raises(InputError, match="the layers of Linear are not known"):
         set_layers(torch.nn.Linear(2, 2), recompute=True, compiled=False)
     set_layers(torch.nn.Linear(2, 2), recompute=False, compiled=False)
+    assert not needs_checkpointing(torch.nn.Linear(2, 2), 10**12)  # "auto" leaves it alone
 
 
 @pytest.mark.slow

@@ -195,3 +195,16 @@ def test_casting_leaves_what_must_be_fine() -> None:
     assert model.score.weight.dtype == torch.float32
     assert torch.equal(model.model.rotary_emb.inv_freq, frequencies)
     assert set_precision(tiny_policy().model, torch.float32) is None
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_auto_on_a_gpu_is_bfloat16_and_close_to_float32_on_a_cpu(tmp_path: Path) -> None:
+    policy = tiny_policy()
+    policy.model.to("cuda")
+    for name, given in (("gpu", policy), ("cpu", tiny_policy())):
+        train(given, pair_groups(), "dpo", out=tmp_path / name, learning_rate=1e-4, **SETTINGS)
+    record = json.loads((tmp_path / "gpu" / "run.json").read_text())
+    assert record["identity"]["train.dtype"] == "bfloat16"
+    assert record["gradient_checkpointing"] is False
+    for one, other in zip(lines(tmp_path / "gpu"), lines(tmp_path / "cpu"), strict=True):
+        assert one["loss"] == pytest.approx(other["loss"], abs=0.02)

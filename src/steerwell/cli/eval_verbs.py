@@ -81,19 +81,21 @@ def eval_(
     loaded = {word: words.load_model(word) for word in dict.fromkeys(everyone)}
     from steerwell.evals.task import evaluate
 
-    found = evaluate(
-        [loaded[word] for word in dict.fromkeys(models)],
-        wanted,
-        judge=by_judge,
-        prompts=asked,
-        pairs=pairs,
-        against=loaded[against] if against else None,
-        n=n,
-        seed=seed,
-        max_new_tokens=max_new_tokens,
-        temperature=temperature,
-        greedy=greedy,
-    )
+    with show.stages() as progress:
+        found = evaluate(
+            [loaded[word] for word in dict.fromkeys(models)],
+            wanted,
+            judge=by_judge,
+            prompts=asked,
+            pairs=pairs,
+            against=loaded[against] if against else None,
+            n=n,
+            seed=seed,
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            greedy=greedy,
+            progress=progress,
+        )
     if to is not None:
         with words.new_store(to) as store:
             store.add([group for groups in found.groups.values() for group in groups])

@@ -45,68 +45,83 @@ def note(line: str) -> None:
 
 @contextmanager
 def progress(title: str) -> Iterator[Callable[..., None]]:
-    """A bar on standard error: ``step(done, total, note="")``. No terminal: a line every 10 s."""
-    if silent() or not sys.stderr.isatty():
-        yield _lines(title)
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, TextColumn("{task.fields[note]}"), console=Console(stderr=True)) as bars:
-        bar = bars.add_task(title, total=None, note="")
-        yield lambda done, total, note="": bars.update(bar, completed=done, total=total, note=note)
-
-
-def _lines(title: str) -> Callable[..., None]:
-    last = time.monotonic()
-
-    def step(done: int, total: int, text: str = "") -> None:
-        nonlocal last
-        if time.monotonic() - last >= 10:
-            last = time.monotonic()
-            note(f"{title}: {done} of {total} {text}".rstrip())
-
-    return step
+    """One bar on standard error: ``step(done, total, note="")``. Where that is no terminal: see :func:`stages`,
+    without a line for the beginning and the end.
+    """
+    with stages(ends=False) as step:
+        yield lambda done, total, note="": step(title, done, total, note)
 
 
 @contextmanager
-def stages() -> Iterator[Callable[[str, int, int, str], None]]:
-    """Bars on standard error, one per stage: ``step(stage, done, total, note)``, from any thread.
+def stages(*, ends: bool = True) -> Iterator[Callable[[str, int, int, str], None]]:
+    """Bars on standard error, one per stage: ``step(stage, done, total, note)``, from any thread, with the time
+    left (and, when a stage is done, the time it took).
 
-    Where that is no terminal: a line when a stage begins and when it ends.
+    Where that is no terminal: a line when a stage begins (``ends``) and when it ends, and one now
+    and then between, the rarer the longer it takes.
     """
-    if silent() or not sys.stderr.isatty():
-        yield _stage_lines()
+    if silent():
+        yield lambda *told: None
+        return
+    if not sys.stderr.isatty():
+        yield _Lines(ends)
         return
     from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
-    columns = (TextColumn("{task.description:16}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    left = TimeRemainingColumn(compact=True, elapsed_when_finished=True)
+    columns = (TextColumn("{task.description:16}"), BarColumn(), MofNCompleteColumn(), left)
     with Progress(*columns, TextColumn("{task.fields[note]}"), console=Console(stderr=True)) as bars:
         known: dict[str, TaskID] = {}
 
         def step(stage: str, done: int, total: int, text: str = "") -> None:
-            if stage not in known:
-                known[stage] = bars.add_task(stage, total=total, note=text)
+            if (
+                stage not in known
+            ):  # where a stage is continued, what was done before says nothing of its speed
+                known[stage] = bars.add_task(stage, total=total, completed=done, note=text)
             bars.update(known[stage], completed=done, total=total, note=text)
 
         yield step
 
 
-def _stage_lines() -> Callable[[str, int, int, str], None]:
-    begun: set[str] = set()
-    ended: set[str] = set()
+EVERY = 10.0  # seconds between two lines of a stage, at least
+SHARE = 0.1  # of the time since its beginning: a day has fewer than a hundred lines
 
-    def step(stage: str, done: int, total: int, text: str = "") -> None:
-        if done >= total and stage not in ended:
-            ended.add(stage)
+
+class _Lines:
+    """Progress in plain lines, few of them."""
+
+    def __init__(self, ends: bool) -> None:
+        self.ends = ends
+        self.begun: dict[str, tuple[float, int]] = {}  # when a stage began, and what had been done by then
+        self.ended: set[str] = set()
+        self.last = time.monotonic()
+
+    def __call__(self, stage: str, done: int, total: int, text: str = "") -> None:
+        now = time.monotonic()
+        if stage not in self.begun:
+            self.begun[stage] = now, done
+            if self.ends and done < total:
+                note(f"{stage} …" + (f" {done} of {total} {text}".rstrip() if done else ""))
+        elif done < total and now - self.last >= max(EVERY, SHARE * (now - self.begun[stage][0])):
+            note(f"{stage}: {done} of {total}{self._left(stage, done, total, now)}  {text}".rstrip())
+            self.last = now
+        if self.ends and done >= total and stage not in self.ended:
+            self.ended.add(stage)
             note(f"{stage}: done {text}".rstrip())
-        elif stage not in begun and done < total:
-            begun.add(stage)
-            note(f"{stage} …")
 
-    return step
+    def _left(self, stage: str, done: int, total: int, now: float) -> str:
+        began, before = self.begun[stage]
+        if done <= before or now <= began:
+            return ""
+        return f", {clock((total - done) * (now - began) / (done - before))} left"
+
+
+def clock(seconds: float) -> str:
+    """``0:42``, ``3:05``, ``2:14:00``: hours, minutes, seconds."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
 
 
 def counted(number: int, one: str, many: str = "") -> str:
@@ -114,4 +129,4 @@ def counted(number: int, one: str, many: str = "") -> str:
     return f"{number:,} {one if number == 1 else many or one + 's'}"
 
 
-__all__ = ["AsJson", "counted", "note", "progress", "result", "stages"]
+__all__ = ["AsJson", "clock", "counted", "note", "progress", "result", "stages"]

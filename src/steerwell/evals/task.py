@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -124,6 +124,7 @@ def evaluate(
     max_new_tokens: int = 256,
     temperature: float = 1.0,
     greedy: bool = False,
+    progress: Callable[[str, int, int, str], None] | None = None,
 ) -> Evaluation:
     """Sample from each policy, judge, and summarise with intervals.
 
@@ -133,6 +134,7 @@ def evaluate(
     ``win_rate``; ``pairs`` are held-out groups with resolved pairs, for ``pair_accuracy``.
     ``against``: the baseline, one of the policies or another one; by default the first policy.
     ``n`` completions per prompt, sampled with the same ``seed`` from every policy.
+    ``progress(task, done, total, note)`` is told before each policy is sampled or measured, and at the end.
 
     Everything that can be wrong with the arguments raises :class:`InputError` before anything is sampled.
     """
@@ -151,13 +153,15 @@ def evaluate(
     texts: dict[tuple[str, str], tuple[CompletionGroup, ...]] = {}
     for task in todo:
         samples: dict[int, tuple[CompletionGroup, ...]] = {}
-        for policy in everyone:
-            if task.prompts and (any(p is policy for p in policies) or task.compares):
-                samples[id(policy)] = _sample(policy, names[id(policy)], task.prompts, n, asked)
+        sampled = [p for p in everyone if task.prompts and (task.compares or any(p is q for q in policies))]
+        measured = [p for p in policies if not (task.compares and p is baseline)]
+        parts = _Parts(task.name, len(sampled) + len(measured), progress)
+        for policy in sampled:
+            parts.begin(f"sampling {names[id(policy)]}")
+            samples[id(policy)] = _sample(policy, names[id(policy)], task.prompts, n, asked)
         found: list[Result] = []
-        for policy in policies:
-            if task.compares and policy is baseline:
-                continue
+        for policy in measured:
+            parts.begin(f"measuring {names[id(policy)]}")
             trial = Trial(
                 policy=policy,
                 name=names[id(policy)],
@@ -171,6 +175,7 @@ def evaluate(
             findings = task.measure(trial)
             texts[task.name, trial.name] = findings.groups
             found += [Result(task.name, trial.name, m, trial.against_name) for m in findings.measures]
+        parts.end()
         results += found if task.compares else _with_differences(found, names[id(baseline)])
     settings = {
         "policies": [names[id(p)] for p in policies],
@@ -181,6 +186,23 @@ def evaluate(
         **asked,
     }
     return Evaluation(tuple(results), texts, settings)
+
+
+class _Parts:
+    """How far a task is: how many of its parts are done."""
+
+    def __init__(self, task: str, total: int, progress: Callable[[str, int, int, str], None] | None) -> None:
+        self.task, self.total, self.progress = task, total, progress
+        self.begun = 0
+
+    def begin(self, note: str) -> None:
+        if self.progress is not None:
+            self.progress(self.task, self.begun, self.total, note)
+        self.begun += 1
+
+    def end(self) -> None:
+        if self.progress is not None:
+            self.progress(self.task, self.total, self.total, "")
 
 
 def _task(

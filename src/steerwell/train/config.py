@@ -73,7 +73,7 @@ class TrainConfig(BaseModel):
         default="auto",
         description="what the model computes in; auto: bfloat16 on a GPU, else as it is (float32 from a file)",
     )
-    gradient_checkpointing: bool | Literal["auto"] = Field(
+    gradient_checkpointing: Literal[True, False, "auto"] = Field(
         default="auto",
         description="compute activations twice instead of keeping them; auto: if they don't fit",
     )

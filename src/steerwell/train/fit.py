@@ -298,7 +298,9 @@ def _items(run: Run, step: int) -> tuple[list[Item], dict[str, float]]:
     if run.source is None:
         config = run.config
         places = shuffled(len(run.items), step, config.batch_size, config.seed, run.stream)
-        return [run.items[i] for i in places], {}
+        items = [run.items[i] for i in places]
+        _advantages(items, run.terms)
+        return items, {}
     number = step // run.updates
     if run.rollout[0] != number:
         run.rollout = (number, *_roll_out(run, step))
@@ -312,9 +314,14 @@ def _roll_out(run: Run, step: int) -> tuple[list[Item], dict[str, float]]:
     check_data(run.terms, groups, f"the rollouts of step {step + 1}")
     config = run.config
     items = prepare(groups, run.terms, run.trained.tokenizer, config.max_length, config.layout).items
-    for rule in {term.advantages for term in run.terms if term.advantages}:
-        set_advantages(items, rule)
+    _advantages(items, run.terms)
     return items, rollout_figures(groups)
+
+
+def _advantages(items: list[Item], terms: list[Term]) -> None:
+    """Advantages over all the completions of a step, where an objective takes them."""
+    for rule in {term.advantages for term in terms if term.advantages}:
+        set_advantages(items, rule)
 
 
 def _look(
@@ -349,6 +356,7 @@ def _measured(
     """The figures with those of the held-out data and those of the watcher."""
     line = dict(figures)
     if evaluate and run.eval_items:
+        _advantages(run.eval_items, run.terms)
         outcome = run_items(run.eval_items, run.terms, run.provider, backward=False)
         line["eval/loss"] = outcome.loss.item()
         line |= {f"eval/{name}": value for name, value in outcome.totals.means().items()}

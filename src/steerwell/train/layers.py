@@ -38,7 +38,7 @@ def set_layers(
     """
     if not (recompute or compiled):
         return lambda: None
-    layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+    layers = decoder_layers(model)
     if not layers:
         raise InputError(
             f"the layers of {type(unwrap(model)).__name__} are not known",
@@ -61,6 +61,11 @@ def set_layers(
             AttentionInterface.register(NAME, steerwell_attention)
 
     return take_back
+
+
+def decoder_layers(model: nn.Module) -> list[nn.Module]:
+    """The layers whose activations transformers knows how to compute again."""
+    return [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
 
 
 def _compiled(forward: Callable[..., Any]) -> Callable[..., Any]:
@@ -93,7 +98,7 @@ def needs_checkpointing(model: nn.Module, tokens: int) -> bool:
     """
     device = next(model.parameters()).device
     free = free_memory(device)
-    if free is None:
+    if free is None or not decoder_layers(model):
         return False
     trained = sum(p.numel() * max(4, p.element_size()) for p in model.parameters() if p.requires_grad)
     chunk = CHUNK_CPU if device.type == "cpu" else CHUNK_ACCELERATOR
@@ -132,4 +137,4 @@ def free_memory(device: torch.device) -> int | None:
             return None
 
 
-__all__ = ["activation_bytes", "free_memory", "needs_checkpointing", "set_layers"]
+__all__ = ["activation_bytes", "decoder_layers", "free_memory", "needs_checkpointing", "set_layers"]
