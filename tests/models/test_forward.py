@@ -100,7 +100,7 @@ def long_groups():
 @pytest.mark.parametrize("name", MAKERS)
 def test_long_nodes(name: str) -> None:
     model, groups = MAKERS[name](), long_groups()
-    assert len(tree(groups).plan.calls) > 1
+    assert len(tree(groups).plan.padded.calls) > 1
     expected = reference(model, groups)
     assert agrees(model, tree(groups), *expected)
     assert agrees(model, rows(groups), *expected)
@@ -127,7 +127,7 @@ def broken(how: str):
     elif how == "the wrong token predicts":
         batch.src[-1] -= 1
     elif how == "the future is seen":
-        for call in batch.plan.calls:
+        for call in batch.plan.padded.calls:
             keys = torch.arange(call.n_keys)
             seen = (keys < call.sizes[:, None])[:, None, None].expand(-1, 1, call.n_queries, -1)
             mask = torch.zeros(seen.shape).masked_fill(~seen, -torch.inf)
