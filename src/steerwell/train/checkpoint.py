@@ -20,6 +20,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from steerwell.models.directory import disk_errors
+
 MANIFEST = "manifest.json"
 
 
@@ -38,7 +40,10 @@ def save_checkpoint(
     aside.mkdir()
     try:
         for stem, named in tensors.items():
-            save_file({k: v.detach().contiguous() for k, v in named.items()}, aside / f"{stem}.safetensors")
+            with disk_errors():
+                save_file(
+                    {k: v.detach().contiguous() for k, v in named.items()}, aside / f"{stem}.safetensors"
+                )
         (aside / "state.json").write_text(json.dumps({"step": step, **state}), "utf-8")
         digests = {file.name: _digest(file) for file in sorted(aside.iterdir())}
         (aside / MANIFEST).write_text(json.dumps(digests), "utf-8")

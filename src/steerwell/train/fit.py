@@ -11,7 +11,7 @@ import math
 import signal
 import threading
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -105,14 +105,17 @@ def fit(run: Run) -> None:
                     saved = step + 1
                     if asked():
                         raise KeyboardInterrupt
-        metrics.sync()
-        run.trained.save(run.folder.model)
-        run.folder.write(status="done", tokens=run.tokens, steps=run.steps)
+        with _writing("the model"):
+            metrics.sync()
+            run.trained.save(run.folder.model)
+            run.folder.write(status="done", tokens=run.tokens, steps=run.steps)
     except KeyboardInterrupt:
-        run.folder.write(status="interrupted", step=saved)
+        with suppress(OSError):
+            run.folder.write(status="interrupted", step=saved)
         raise
     except (TrainingError, InputError) as error:
-        run.folder.write(status="failed", error=str(error), step=saved)
+        with suppress(OSError):  # a disk that is full may have no room for this either
+            run.folder.write(status="failed", error=str(error), step=saved)
         raise
     finally:
         metrics.close()
@@ -145,15 +148,21 @@ def _save(run: Run, step: int, metrics: MetricsFile) -> None:
         "model": {name: parameter for parameter, name in names.items()},
         "optimizer": optimizer_tensors(run.optimizer, names),
     }
-    state = {"tokens": run.tokens, "metrics_bytes": metrics.sync()}
-    try:
+    with _writing(f"the checkpoint of step {step}", "earlier ones"):
+        state = {"tokens": run.tokens, "metrics_bytes": metrics.sync()}
         save_checkpoint(run.folder.checkpoints, step, tensors, state, run.config.keep_checkpoints)
+        run.folder.write(step=step, tokens=run.tokens)
+
+
+@contextmanager
+def _writing(what: str, kept: str = "the checkpoints") -> Iterator[None]:
+    """An :class:`OSError` (a full disk) inside ends the run with one line that says what to do."""
+    try:
+        yield
     except OSError as error:
         raise TrainingError(
-            f"the checkpoint of step {step} could not be written ({error.strerror}): earlier ones are kept; "
-            "make room and run the same again"
+            f"{what} could not be written ({error.strerror}): {kept} are kept; make room and run the same again"
         ) from error
-    run.folder.write(step=step, tokens=run.tokens)
 
 
 def _step(run: Run, step: int) -> dict[str, float]:
@@ -233,7 +242,8 @@ def _look(run: Run, step: int, metrics: MetricsFile, figures: dict[str, float], 
         seen = run.watch(step, run.trained, dict(line))
         line |= {f"watch/{name}": float(value) for name, value in (seen or {}).items()}
     if line:
-        metrics.write(step, line)
+        with _writing(f"the metrics of step {step}"):
+            metrics.write(step, line)
     if run.progress is not None and step:
         run.progress("train", step, run.steps, _note(line))
 

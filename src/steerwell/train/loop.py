@@ -109,6 +109,9 @@ def train(
     folder = RunDir(out)
     try:
         return _train(policy, order, folder)
+    except InputError:
+        folder.forget()
+        raise
     finally:
         folder.close()
 

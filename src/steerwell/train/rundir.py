@@ -40,6 +40,7 @@ class RunDir:
         self.model = self.path / "model"
         self._lock: int | None = None
         self._made: list[Path] = []
+        self._new = False
         self._started = (time.monotonic(), time.process_time())
         if self.path.exists() and not self.path.is_dir():
             raise InputError("out is a file", file=self.path, mend="Give a folder.")
@@ -97,6 +98,7 @@ class RunDir:
             "started": _now(),
         }
         self.write()
+        self._new = True
         return "new"
 
     def write(self, **changes: Any) -> None:
@@ -112,6 +114,15 @@ class RunDir:
             file.flush()
             os.fsync(file.fileno())
         os.replace(aside, self.path / "run.json")
+
+    def forget(self) -> None:
+        """Take a run that was refused before its first step out of the folder, so that the mended call can have
+        it. A run that has done something stays.
+        """
+        done = self.checkpoints.exists() or (self.metrics.exists() and self.metrics.stat().st_size)
+        if self._new and not done:
+            self.metrics.unlink(missing_ok=True)
+            (self.path / "run.json").unlink(missing_ok=True)
 
     def close(self) -> None:
         """Let other processes have the folder; a second call does nothing. Folders that were made here and
