@@ -231,7 +231,7 @@ class Store:
         with self._transaction() as connection:
             found, conversations = self._prompts(connection, split), Conversations(connection)
             result = [Prompt(conversations.messages(i), meta) for i, meta in found.items()]
-        self._note_split_read(split)
+        self._note_split_read(split if result else None)
         return result
 
     def groups(self, split: str | None = None) -> list[CompletionGroup]:
@@ -268,7 +268,7 @@ class Store:
                 for i, meta in prompts.items()
                 if i in by_prompt
             ]
-        self._note_split_read(split)
+        self._note_split_read(split if result else None)
         return result
 
     def annotations(self) -> list[Annotation]:
