@@ -1,4 +1,4 @@
-"""What all tests have in common."""
+"""What all tests have in common: no test asks a model hub for anything, or writes to the user's cache."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import os
 from collections.abc import Iterator
 
 import pytest
+
+os.environ["HF_HUB_OFFLINE"] = "1"
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -131,6 +131,21 @@ def test_splits_are_by_conversation_root_and_hold(tmp_path: Path) -> None:
             store.prompts(split="tset")
 
 
+def test_counting_the_prompts_of_splits_is_not_reading_them(tmp_path: Path) -> None:
+    with open_store(tmp_path / "s.db") as store:
+        store.add([group("x", prompt=(Message("user", f"q{i}"),)) for i in range(40)])
+        store.add([group("x", prompt=(Message("user", "named"),))], split="extra")
+        sizes = store.split_sizes()
+        store.set_split({"train": 0.5, "test": 0.5})  # nothing has been read yet
+        halves = store.split_sizes()
+        assert halves == {name: len(store.prompts(split=name)) for name in ("train", "test", "extra")}
+        assert sizes != halves
+        assert sum(sizes.values()) == sum(halves.values()) == 41
+        assert halves["extra"] == 1
+        with pytest.raises(InputError, match="has been split before"):
+            store.set_split({"train": 0.9, "test": 0.1})
+
+
 def test_split_of_is_a_pure_function() -> None:
     root = split_root(ASK)
     assert root == split_root((*ASK, Message("assistant", "x"), Message("user", "y")))

@@ -6,7 +6,7 @@ import pytest
 
 from steerwell.data.errors import InputError
 from steerwell.data.messages import Message, as_messages
-from steerwell.data.types import Completion, CompletionGroup
+from steerwell.data.types import Completion, CompletionGroup, Source
 from steerwell.models.render import (
     Sequence,
     ending,
@@ -72,11 +72,15 @@ def test_a_template_without_an_end_token_gets_one() -> None:
     assert split(tokenizer, sequence) == ("user: hi you\nassistant: ", "yes<|end|>")
 
 
-def test_the_ending_follows_a_changed_template() -> None:
+def test_the_ending_follows_a_changed_template_and_end_token() -> None:
     tokenizer = tiny_tokenizer()
     assert ending(tokenizer).rest == ""
     tokenizer.chat_template = NEWLINE_TEMPLATE
     assert ending(tokenizer).rest == "\n"
+    tokenizer.chat_template = NO_END
+    assert ending(tokenizer).stop_id == END
+    tokenizer.eos_token = None
+    assert ending(tokenizer).stop_id is None
 
 
 def test_templates_that_think() -> None:
@@ -197,6 +201,48 @@ def test_a_completion_without_an_assistant_is_refused() -> None:
     lonely = CompletionGroup(PROMPT, (Completion(PROMPT, (Message("user", "me again"),)),))
     with pytest.raises(InputError, match="no assistant message"):
         tokenize_group(tiny_tokenizer(), lonely)
+
+
+def test_a_refusal_names_the_prompt_and_the_file_it_came_from() -> None:
+    named = group("yes", "", prompt=as_messages("why the"), source=Source("dataset", "prefs.jsonl"))
+    with pytest.raises(InputError) as error:
+        tokenize_groups(tiny_tokenizer(), [group("yes"), named])
+    assert str(error.value).startswith("prefs.jsonl: an empty completion to 'why the' (prompt ")
+    assert named.prompt_id in str(error.value)
+    sampled = group("yes", "", prompt=as_messages("why the"), source=Source("model", "qwen"))
+    with pytest.raises(InputError) as error:
+        tokenize_groups(tiny_tokenizer(), [sampled])
+    assert error.value.file is None
+
+
+MIXED = tuple(
+    Message(role, text)
+    for role, text in (("system", "be"), ("user", "a"), ("assistant", "b"), ("tool", "c"), ("user", "d"))
+)
+STRICT = (  # like Mistral's: users and assistants in turn
+    "{% for m in messages %}{% if (m['role'] == 'user') != (loop.index0 % 2 == 0) %}"
+    "{{ raise_exception('roles must alternate user/assistant') }}{% endif %}"
+    "{{ '<|' + m['role'] + '|>' + m['content'] + '<|end|>' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
+)
+
+
+def test_mixed_roles() -> None:
+    """What the template takes is rendered as it has it; what it refuses is named."""
+    prompt = (*MIXED, Message("user", "e"))  # two users in a row
+    turns = (Message("assistant", "f"), Message("tool", "g"), Message("assistant", "h"))
+    asked = CompletionGroup(prompt, (Completion(prompt, turns), *group("yes", prompt=prompt).completions))
+    tokenizer = tiny_tokenizer()
+    first, second = tokenize_group(tokenizer, asked).sequences
+    before = "<|system|>be<|end|><|user|>a<|end|><|assistant|>b<|end|><|tool|>c<|end|>"
+    before += "<|user|>d<|end|><|user|>e<|end|><|assistant|>"
+    assert split(tokenizer, first) == (before, "f<|end|><|tool|>g<|end|><|assistant|>h<|end|>")
+    assert tokenizer.decode([first.ids[i] for i in first.scored()]) == "f<|end|>h<|end|>"
+    assert split(tokenizer, second) == (before, "yes<|end|>")
+    with pytest.raises(InputError, match=r"roles must alternate .*'tool', 'user', 'user'") as error:
+        tokenize_groups(tiny_tokenizer(STRICT), [group("yes"), asked])
+    assert asked.prompt_id in str(error.value)
+    assert "Change the roles" in str(error.value)
 
 
 def test_no_template() -> None:

@@ -63,7 +63,7 @@ def import_(
         if test_fraction is not None:
             store.set_split({"train": 1 - test_fraction, "test": test_fraction})
         added = store.add(groups, split=split)
-        splits = {name: len(store.prompts(split=name)) for name in store.split_names}
+        splits = store.split_sizes()
     value = {
         "store": to,
         "files": [found.report.to_dict() for found in loaded],

@@ -215,12 +215,23 @@ class Store:
             self._set(connection, "split_read", "yes")
 
     # ---- reading
+    def split_sizes(self) -> dict[str, int]:
+        """How many prompts each split has. Counting them is not reading them: the split may still be set."""
+        with self._transaction() as connection:
+            fractions, seed = self._split_settings(connection)
+            assigned = connection.execute(select(schema.splits.c.root, schema.splits.c.name))
+            named = {row.root: row.name for row in assigned}
+            sizes = dict.fromkeys(self._split_names(connection), 0)
+            for root in connection.execute(select(schema.prompts.c.root)).scalars():
+                sizes[named.get(root) or split_of(root, fractions, seed)] += 1
+            return sizes
+
     def prompts(self, split: str | None = None) -> list[Prompt]:
         """All prompts (of one split), in the order they were added."""
         with self._transaction() as connection:
             found, conversations = self._prompts(connection, split), Conversations(connection)
             result = [Prompt(conversations.messages(i), meta) for i, meta in found.items()]
-        self._note_split_read(split)
+        self._note_split_read(split if result else None)
         return result
 
     def groups(self, split: str | None = None) -> list[CompletionGroup]:
@@ -257,7 +268,7 @@ class Store:
                 for i, meta in prompts.items()
                 if i in by_prompt
             ]
-        self._note_split_read(split)
+        self._note_split_read(split if result else None)
         return result
 
     def annotations(self) -> list[Annotation]:

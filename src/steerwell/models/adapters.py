@@ -98,7 +98,7 @@ def four_bits(adapter: Adapter | None, device: torch.device) -> BitsAndBytesConf
             mend='Use adapter = "lora", or a machine with one.',
         )
     if find_spec("bitsandbytes") is None:
-        raise InputError("qlora needs bitsandbytes", mend="Install it: pip install bitsandbytes.")
+        raise InputError("qlora needs bitsandbytes", mend="Install it: pip install steerwell[qlora].")
     return BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",

@@ -21,6 +21,7 @@ from uuid import uuid4
 
 import torch
 from huggingface_hub import constants
+from safetensors import SafetensorError
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as hf_logging
@@ -113,7 +114,7 @@ def save_directory(
     fresh = path.parent / f".{path.name}.{uuid4().hex[:8]}.new"
     old = fresh.with_suffix(".old")
     try:
-        with quiet():
+        with quiet(), disk_errors():
             model.save_pretrained(fresh, safe_serialization=True)
             tokenizer.save_pretrained(fresh)
         for name, text in (files or {}).items():
@@ -128,6 +129,18 @@ def save_directory(
         raise
     shutil.rmtree(old, ignore_errors=True)
     return path
+
+
+@contextmanager
+def disk_errors() -> Iterator[None]:
+    """A full disk is an :class:`OSError` inside, also where safetensors meets it (it has an error of its own)."""
+    try:
+        yield
+    except SafetensorError as error:
+        number = re.search(r"os error (\d+)", str(error))
+        if number is None:
+            raise
+        raise OSError(int(number[1]), os.strerror(int(number[1]))) from error
 
 
 @contextmanager
@@ -204,6 +217,7 @@ def first_line(error: BaseException) -> str:
 
 __all__ = [
     "check_directory",
+    "disk_errors",
     "first_line",
     "from_hub",
     "quiet",

@@ -90,9 +90,9 @@ def ending(tokenizer: PreTrainedTokenizerBase) -> Ending:
 
     A template without an end token gets the tokenizer's ``eos_token``, so that a policy can learn to stop.
     """
-    template = getattr(tokenizer, "chat_template", None)
+    made_of = getattr(tokenizer, "chat_template", None), tokenizer.eos_token_id
     known = _ENDINGS.get(tokenizer)
-    if known is not None and known[0] == template:
+    if known is not None and known[0] == made_of:
         return known[1]
     probe = "qzjx"
     text = render(tokenizer, _PROBE, header=False)
@@ -106,7 +106,7 @@ def ending(tokenizer: PreTrainedTokenizerBase) -> Ending:
         found = Ending(tail[: cut + len(word)], stop, tail[cut + len(word) :])
     else:
         found = Ending("", tokenizer.eos_token_id, tail)  # type: ignore[arg-type]
-    _ENDINGS[tokenizer] = (template, found)
+    _ENDINGS[tokenizer] = (made_of, found)
     return found
 
 

@@ -27,6 +27,7 @@ from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, Hu
 from torch.distributed.checkpoint.state_dict_loader import load as load_parts
 from torch.distributed.checkpoint.state_dict_saver import save as save_parts
 
+from steerwell.models.directory import disk_errors
 from steerwell.models.sharding import spread_like
 from steerwell.train.ranks import ALONE, Ranks
 
@@ -52,9 +53,10 @@ def save_checkpoint(
         ranks.first(lambda: _begin(aside))
         if ranks.alone:
             for stem, named in tensors.items():
-                save_file(
-                    {k: v.detach().contiguous() for k, v in named.items()}, aside / f"{stem}.safetensors"
-                )
+                with disk_errors():
+                    save_file(
+                        {k: v.detach().contiguous() for k, v in named.items()}, aside / f"{stem}.safetensors"
+                    )
         else:
             ranks.together(lambda: _save_parts(aside / PARTS, tensors))
         ranks.first(lambda: _finish(aside, final, {"step": step, **state}))

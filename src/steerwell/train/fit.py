@@ -11,7 +11,7 @@ import math
 import signal
 import threading
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -108,10 +108,12 @@ def fit(run: Run) -> None:
         _finish(run, _steps(run, start, metrics, timing, saved), metrics, timing)
         done = True
     except KeyboardInterrupt:
-        run.folder.write(status="interrupted", step=saved[-1])
+        with suppress(OSError):
+            run.folder.write(status="interrupted", step=saved[-1])
         raise
     except (TrainingError, InputError) as error:
-        run.folder.write(status="failed", error=str(error), step=saved[-1])
+        with suppress(OSError):  # a disk that is full may have no room for this either
+            run.folder.write(status="failed", error=str(error), step=saved[-1])
         raise
     finally:
         run.release()
@@ -157,7 +159,6 @@ def _steps(run: Run, start: int, metrics: MetricsFile, timing: Timing, saved: li
 
 def _finish(run: Run, last: int, metrics: MetricsFile, timing: Timing) -> None:
     """Save the model: the best weights where ``best_metric`` asks for them, else the last."""
-    metrics.sync()
     about: dict[str, Any] = {"tokens": run.tokens, "steps": last, **timing.about()}
     if run.best is not None:
         if run.best.path is not None and run.best.step != last:
@@ -165,8 +166,10 @@ def _finish(run: Run, last: int, metrics: MetricsFile, timing: Timing) -> None:
         about["best"] = run.best.about()
     if run.masters is not None:
         run.masters.close()
-    _save_model(run)
-    run.folder.write(status="done", **about)
+    with _writing("the model"):
+        metrics.sync()
+        _save_model(run)
+        run.folder.write(status="done", **about)
 
 
 def _restore(run: Run) -> tuple[int, MetricsFile]:
@@ -217,26 +220,25 @@ def _save(run: Run, step: int, metrics: MetricsFile) -> None:
         "model": {name: parameter for parameter, name in names.items()},
         "optimizer": optimizer_tensors(run.optimizer, names),
     }
-    state: dict[str, Any] = {"tokens": run.tokens, "metrics_bytes": run.ranks.gather(metrics.sync())[0]}
-    if run.best is not None:
-        state["best"] = run.best.state()
     keep = run.config.keep_checkpoints
-    with _writing(f"the checkpoint of step {step}"):
+    with _writing(f"the checkpoint of step {step}", "earlier ones"):
+        state: dict[str, Any] = {"tokens": run.tokens, "metrics_bytes": run.ranks.first(metrics.sync)}
+        if run.best is not None:
+            state["best"] = run.best.state()
         save_checkpoint(run.folder.checkpoints, step, tensors, state, keep, run.ranks)
         if run.best is not None and run.ranks.writes:
             run.best.prune(run.folder.checkpoints)
-    run.folder.write(step=step, tokens=run.tokens)
+        run.folder.write(step=step, tokens=run.tokens)
 
 
 @contextmanager
-def _writing(what: str) -> Iterator[None]:
-    """A disk that is full, in plain words."""
+def _writing(what: str, kept: str = "the checkpoints") -> Iterator[None]:
+    """An :class:`OSError` (a full disk) inside ends the run with one line that says what to do."""
     try:
         yield
     except OSError as error:
         raise TrainingError(
-            f"{what} could not be written ({error.strerror}): earlier ones are kept; "
-            "make room and run the same again"
+            f"{what} could not be written ({error.strerror}): {kept} are kept; make room and run the same again"
         ) from error
 
 
@@ -343,7 +345,8 @@ def _look(
     if stops:
         line = _measured(run, step, line, not evaluate, not watch)
     if line:
-        metrics.write(step, line)
+        with _writing(f"the metrics of step {step}"):
+            metrics.write(step, line)
     if run.progress is not None and step:
         note = _note(line) + (f"  {timing.recent():,.0f} tokens/s" if timing.recent() else "")
         run.progress("train", step, step if stops else run.steps, note)

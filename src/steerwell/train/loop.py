@@ -121,6 +121,9 @@ def train(
     folder = RunDir(out, ranks)
     try:
         return _train(policy, order, folder, ranks)
+    except InputError:
+        folder.forget()
+        raise
     finally:
         folder.close()
 

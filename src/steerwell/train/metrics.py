@@ -10,6 +10,7 @@ import json
 import math
 import os
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -105,8 +106,9 @@ class MetricsFile:
         return self._file.tell()
 
     def close(self) -> None:
-        """Close the file; a second call does nothing."""
-        self._file.close()
+        """Close the file; a second call does nothing. A line that a full disk has refused is given up."""
+        with suppress(OSError):
+            self._file.close()
 
 
 def read_metrics(path: str | Path) -> list[dict[str, Any]]:

@@ -45,6 +45,7 @@ class RunDir:
         self.model = self.path / "model"
         self._lock: int | None = None
         self._made: list[Path] = []
+        self._new = False
         self._started = (time.monotonic(), time.process_time())
         self.record: dict[str, Any] = ranks.first(self._take) or {}
         self._before = (self.record.get("wall_seconds", 0.0), self.record.get("cpu_seconds", 0.0))
@@ -110,6 +111,7 @@ class RunDir:
             "started": _now(),
         }
         self.write()
+        self._new = True
         return "new"
 
     def write(self, **changes: Any) -> None:
@@ -127,6 +129,15 @@ class RunDir:
             file.flush()
             os.fsync(file.fileno())
         os.replace(aside, self.path / "run.json")
+
+    def forget(self) -> None:
+        """Take a run that was refused before its first step out of the folder, so that the mended call can have
+        it. A run that has done something stays.
+        """
+        done = self.checkpoints.exists() or (self.metrics.exists() and self.metrics.stat().st_size)
+        if self._new and not done:
+            for name in (self.metrics.name, "timing.jsonl", "reference.db", "run.json"):
+                (self.path / name).unlink(missing_ok=True)
 
     def close(self) -> None:
         """Let other processes have the folder; a second call does nothing. Folders that were made here and
