@@ -262,7 +262,9 @@ def test_a_disk_without_room_for_the_model(tmp_path: Path) -> None:
     assert sorted(path.name for path in (tmp_path / "a").iterdir()) == [
         "checkpoints",
         "metrics.jsonl",
+        "reference.db",
         "run.json",
+        "timing.jsonl",
     ]
     train(tiny_policy(), pair_groups(), "dpo", out=tmp_path / "a", **SETTINGS)
     assert json.loads((tmp_path / "a" / "run.json").read_text())["status"] == "done"

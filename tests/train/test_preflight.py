@@ -57,13 +57,18 @@ def test_rollouts_and_adapters_are_checked_too(tmp_path: Path) -> None:
     assert record(tmp_path / "b")["preflight"]["first_step"]["reference_gap"] < 1e-4
 
 
-def test_a_model_that_mixes_up_the_rows_of_a_batch_is_refused(tmp_path: Path) -> None:
-    policy = tiny_policy()
-    policy.model.set_attn_implementation("sdpa")  # it knows nothing of branches: each sees all before it
+def test_a_model_that_mixes_up_the_rows_of_a_batch_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def attend(self: Any, module: Any, q: Any, k: Any, v: Any, *, scaling: Any, **_: Any) -> torch.Tensor:
+        """It knows nothing of branches: each token sees all before it."""
+        out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling, enable_gqa=True)
+        return out.transpose(1, 2)
+
+    policy, reward = tiny_policy(), RewardModel.from_policy(tiny_policy())
+    monkeypatch.setattr(TreePlan, "attend", attend)
     with pytest.raises(TrainingError, match=r"packed and alone, .* nats per token: .* mixes up the rows"):
         train(policy, pair_groups(), "dpo", out=tmp_path / "a", layout="tree", **SETTINGS)
-    reward = RewardModel.from_policy(tiny_policy())
-    reward.model.set_attn_implementation("sdpa")
     with pytest.raises(TrainingError, match=r"packed and alone, .* of the size of the scores"):
         train(reward, pair_groups(), "bradley_terry", out=tmp_path / "b", layout="tree", **SETTINGS)
     for name in "ab":
