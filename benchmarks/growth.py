@@ -101,7 +101,7 @@ def run_one(args: argparse.Namespace, size: int) -> dict[str, Any]:
         command += [f"--{name.replace('_', '-')}", str(getattr(args, name))]
     with tempfile.TemporaryDirectory(prefix="growth-") as cache:
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
-        environment["XDG_CACHE_HOME"] = cache
+        environment["STEERWELL_CACHE"] = cache
         done = subprocess.run(command, env=environment, capture_output=True, text=True)
     if done.returncode:
         sys.exit(f"{size} pairs failed:\n{done.stderr[-4000:]}")

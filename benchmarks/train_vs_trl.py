@@ -173,12 +173,13 @@ def run_side(
         **os.environ,
         "OMP_NUM_THREADS": "1",
         "MKL_NUM_THREADS": "1",
-        "XDG_CACHE_HOME": str(cache) if side == "steerwell" else os.environ.get("XDG_CACHE_HOME", ""),
+        "STEERWELL_CACHE": str(cache),
         "HF_DATASETS_CACHE": str(work / "datasets"),
     }
     if args.keep_memory:
         environment |= dict.fromkeys(("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_"), str(2**35))
-    environment = {k: v for k, v in environment.items() if v and (side == "steerwell" or k != "PYTHONPATH")}
+    if side == "trl":
+        environment.pop("PYTHONPATH", None)
     command = [python, str(HERE / "peers" / SIDES[side]), str(work)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     if done.returncode:
