@@ -5,24 +5,24 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+from architectures import PADDED, make
 from transformers import (
-    AutoModelForCausalLM,
-    FalconH1Config,
-    Lfm2Config,
-    Llama4TextConfig,
-    MambaConfig,
-    Qwen3NextConfig,
-    RecurrentGemmaConfig,
     T5Config,
     T5ForConditionalGeneration,
 )
 
 from steerwell.data.errors import InputError
-from steerwell.models import attention
-from steerwell.models.attention import Node, TreePlan, steerwell_attention, use_steerwell_attention
-from steerwell.models.batch import tree
+from steerwell.models import tree_plan
+from steerwell.models.attention import (
+    Node,
+    TreePlan,
+    steerwell_attention,
+    takes_tree,
+    use_steerwell_attention,
+)
+from steerwell.models.batch import layout_for, tree
 from steerwell.models.forward import hidden_states
-from tiny import SIZES, tiny_llama, token_group
+from tiny import tiny_llama, token_group
 
 NODES = [
     Node(0, 5, 0),
@@ -54,7 +54,7 @@ def seen_by_hand(nodes: list[Node], window: int | None) -> torch.Tensor:
 @pytest.mark.parametrize("window", [None, 4, 100])
 @pytest.mark.parametrize("heads", [(4, 4), (4, 2)])
 def test_plan_equals_a_full_mask(monkeypatch, cost: int, window: int | None, heads: tuple[int, int]) -> None:
-    monkeypatch.setattr(attention, "CALL_COST", cost)
+    monkeypatch.setattr(tree_plan, "CALL_COST", cost)
     torch.manual_seed(0)
     query = torch.randn(1, heads[0], 20, 8, requires_grad=True)
     key, value = (torch.randn(1, heads[1], 20, 8, requires_grad=True) for _ in range(2))
@@ -77,7 +77,7 @@ def test_plan_equals_a_full_mask(monkeypatch, cost: int, window: int | None, hea
 
 @pytest.mark.parametrize("cost", [0, 10**9])
 def test_softcap_and_sinks(monkeypatch, cost: int) -> None:
-    monkeypatch.setattr(attention, "CALL_COST", cost)
+    monkeypatch.setattr(tree_plan, "CALL_COST", cost)
     torch.manual_seed(0)
     query, key, value = torch.randn(1, 4, 20, 8), torch.randn(1, 2, 20, 8), torch.randn(1, 2, 20, 8)
     sinks = torch.randn(4)
@@ -95,7 +95,7 @@ def test_value_heads_may_be_narrower_than_keys(monkeypatch) -> None:
     query, key, value = torch.randn(1, 2, 20, 8), torch.randn(1, 2, 20, 8), torch.randn(1, 2, 20, 4)
     expected = F.scaled_dot_product_attention(query, key, value, seen_by_hand(NODES, None)).transpose(1, 2)
     for cost in (0, 10**9):
-        monkeypatch.setattr(attention, "CALL_COST", cost)
+        monkeypatch.setattr(tree_plan, "CALL_COST", cost)
         out = TreePlan(NODES).attend(torch.nn.Module(), query, key, value, scaling=None)
         torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-6)
 
@@ -136,35 +136,31 @@ def test_masks_are_made_once_for_all_layers() -> None:
     assert all(call.starts.device.type == "meta" for call in moved.calls)
 
 
-RECURRENT = {
-    "mamba": MambaConfig(vocab_size=64, hidden_size=32, num_hidden_layers=1, state_size=4),
-    "lfm2": Lfm2Config(**SIZES, vocab_size=64, layer_types=["conv", "full_attention"]),
-    "qwen3-next": Qwen3NextConfig(
-        **SIZES, vocab_size=64, num_experts=2, layer_types=["linear_attention", "full_attention"]
-    ),
-    "falcon-h1": FalconH1Config(**SIZES, vocab_size=64, mamba_d_ssm=64, mamba_n_heads=4, mamba_d_head=16),
-    "recurrent gemma": RecurrentGemmaConfig(
-        vocab_size=64,
-        hidden_size=32,
-        num_hidden_layers=2,
-        intermediate_size=48,
-        num_attention_heads=4,
-        lru_width=32,
-    ),
-    "llama 4, chunked": Llama4TextConfig(
-        **SIZES, vocab_size=64, intermediate_size_mlp=48, num_local_experts=2
-    ),
-}
-
-
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("name", RECURRENT)
-def test_other_layers_are_refused(name: str) -> None:
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(RECURRENT[name])
-    with pytest.raises(InputError, match="not supported") as error:
+@pytest.mark.parametrize("name", PADDED)
+def test_layers_with_a_state_are_found(name: str) -> None:
+    model = make(name)
+    assert not takes_tree(model)
+    with pytest.raises(InputError, match="cannot share prompts: it has ") as error:
         use_steerwell_attention(model)
-    assert "Llama" in error.value.mend
+    assert "rows" in error.value.mend
+    with pytest.raises(InputError, match=r"cannot share prompts.* Use layout = auto or rows"):
+        layout_for("tree", tiny_llama(), model)
+    assert layout_for("auto", model) == layout_for("rows", tiny_llama(), model) == "padded"
+
+
+def test_attention_in_every_layer_takes_the_tree() -> None:
+    model = tiny_llama()
+    assert takes_tree(model)
+    assert [layout_for(wish, model, model) for wish in ("auto", "tree", "rows")] == ["tree", "tree", "rows"]
+    with pytest.raises(InputError, match=r"unknown layout 'padded'.* auto, tree or rows"):
+        layout_for("padded", model)  # type: ignore[arg-type]
+
+
+def test_a_plan_for_a_model_with_its_own_attention_is_an_error() -> None:
+    batch = tree([token_group([10, 11], [[12, 13]])])
+    with pytest.raises(RuntimeError, match="follows no plan"):
+        hidden_states(tiny_llama(), batch)
 
 
 def test_an_encoder_decoder_is_refused() -> None:

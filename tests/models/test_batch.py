@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from steerwell.models import batch as batch_room
-from steerwell.models.batch import Batch, build, n_tokens, pack, rows, tree
+from steerwell.models.batch import Batch, build, n_tokens, pack, padded, rows, tree
 from steerwell.models.render import TokenizedGroup
 from tiny import random_groups, token_group
 
@@ -47,6 +47,10 @@ def test_every_completion_can_be_read_back(seed: int, least: int, between: int) 
         shared, alone = tree(groups), rows(groups)
     check(shared, groups)
     check(alone, groups)
+    rectangle = padded(groups)
+    assert rectangle.plan is None
+    assert rectangle.input_ids.shape == (len(sequences(groups)), rectangle.longest)
+    check(rectangle.flat(), groups)
     assert alone.n_tokens == sum(len(s.ids) for s in sequences(groups))
     assert shared.n_tokens <= sum(n_tokens(group) for group in groups)
     if least == between == 1:  # a full trie: as many tokens as there are different beginnings
@@ -98,7 +102,9 @@ def test_other_groups_share_a_long_beginning_only() -> None:
 
 @settings(max_examples=40, deadline=None)
 @given(
-    seed=st.integers(0, 10**6), budget=st.integers(1, 400), layout=st.sampled_from(["auto", "tree", "rows"])
+    seed=st.integers(0, 10**6),
+    budget=st.integers(1, 400),
+    layout=st.sampled_from(["auto", "tree", "rows", "padded"]),
 )
 def test_pack_keeps_the_budget_and_every_group(seed: int, budget: int, layout) -> None:
     groups = random_groups(seed, groups=9)
@@ -123,7 +129,8 @@ def test_layouts_by_name() -> None:
     groups = [token_group(A, [B, C])]
     assert build(groups).n_tokens == build(groups, "tree").n_tokens == 60
     assert build(groups, "rows").n_tokens == 80
-    with pytest.raises(ValueError, match="auto, tree or rows"):
+    assert build(groups, "padded").n_tokens == 80
+    with pytest.raises(ValueError, match="auto, tree, rows or padded"):
         build(groups, "table")  # type: ignore[arg-type]
 
 

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
+from architectures import make
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     CohereConfig,
-    Lfm2Config,
     LlamaConfig,
 )
 from transformers.utils import logging as hf_logging
@@ -320,17 +319,6 @@ def test_incomplete_directories(tmp_path: Path) -> None:
 
 def test_models_that_do_not_fit(tmp_path: Path) -> None:
     refused(tiny_policy_dir(tmp_path, name="small", model=tiny_llama(100)), "272 tokens but the model has")
-    sizes: dict[str, Any] = {
-        "hidden_size": 32,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "intermediate_size": 48,
-    }
-    config = Lfm2Config(
-        vocab_size=VOCAB, num_key_value_heads=2, layer_types=["conv", "full_attention"], **sizes
-    )
-    hybrid = AutoModelForCausalLM.from_config(config)
-    refused(tiny_policy_dir(tmp_path, name="hybrid", model=hybrid), "layers of type conv")
     refused(tiny_policy_dir(tmp_path), "a LlamaForCausalLM, not a reward model", load_reward_model)
     labels = AutoModelForSequenceClassification.from_config(
         LlamaConfig(**{**SIZES, "vocab_size": VOCAB, "num_labels": 3})
@@ -340,6 +328,25 @@ def test_models_that_do_not_fit(tmp_path: Path) -> None:
         tiny_policy_dir(tmp_path, name="three", model=labels),
         "weights of a LlamaForCausalLM are missing .lm_head.weight",
     )
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_hybrid_is_scored_and_sampled_with_one_sequence_per_row(tmp_path: Path) -> None:
+    """Convolutional layers carry a state, which no plan can part: the model keeps its own attention."""
+    policy = load_policy(tiny_policy_dir(tmp_path, model=make("lfm2", vocab_size=VOCAB)))
+    groups = policy.sample(["is tea hot", "why"], 3, max_new_tokens=7)
+    sums = policy.logps(groups, max_tokens=40)
+    for group, found in zip(groups, sums, strict=True):
+        for completion, total in zip(group.completions, found, strict=True):
+            assert completion.token_ids
+            ids = torch.tensor([[*completion.prompt_token_ids, *completion.token_ids]])
+            with torch.no_grad():
+                own = (
+                    policy.model(input_ids=ids).logits[0, -len(completion.token_ids) - 1 : -1].log_softmax(-1)
+                )
+            picked = own.gather(1, torch.tensor(completion.token_ids)[:, None])
+            assert total == pytest.approx(float(picked.sum()), abs=1e-4)
+            assert completion.old_logps == pytest.approx(picked[:, 0].tolist(), abs=1e-5)
 
 
 def test_a_policy_without_a_classifier(tmp_path: Path) -> None:

@@ -146,7 +146,7 @@ def test_another_run_in_out_is_named_by_what_differs(tmp_path: Path) -> None:
         train(tiny_policy(seed=1), data, "dpo", out=out, steps=1, learning_rate=1e-3, reference=tiny_policy())
     with pytest.raises(InputError, match=r"\(data: "):
         train(tiny_policy(), data[1:], "dpo", out=out, steps=1, learning_rate=1e-3)
-    assert FREE_SETTINGS == ("checkpoint_every", "keep_checkpoints")
+    assert FREE_SETTINGS == ("checkpoint_every", "keep_checkpoints", "reference_cache")
     train(tiny_policy(), data, "dpo", out=out, steps=1, learning_rate=1e-3, checkpoint_every=7)
 
 

@@ -21,7 +21,13 @@ from steerwell.train import Recipe, TrainConfig, TrainingError, run_recipe, trai
 from steerwell.train.fit import rate
 from tiny import tiny_policy_dir
 
-SETTINGS: dict[str, Any] = {"learning_rate": 3e-3, "batch_size": 8, "steps": 3, "warmup": 0.0}
+SETTINGS: dict[str, Any] = {
+    "learning_rate": 3e-3,
+    "batch_size": 8,
+    "steps": 3,
+    "warmup": 0.0,
+    "reference_cache": "off",
+}
 OBJECTIVES: list[Any] = ["sft", "dpo", "ipo", "simpo", "kto", "bradley_terry", [("dpo", 1.0), ("sft", 0.2)]]
 
 
@@ -88,6 +94,7 @@ def test_evaluation_does_not_depend_on_the_batch(tmp_path: Path, objective: str)
             steps=1,
             learning_rate=1e-9,
             max_tokens=size,
+            reference_cache="off",
         )
     small, large = (lines(tmp_path / str(size))[0] for size in (64, 8192))
     assert small["step"] == 0

@@ -13,7 +13,8 @@ from steerwell.data.types import CompletionGroup, Pair
 from steerwell.models.load import Policy, RewardModel
 from steerwell.train.items import Item, gather, items_digest, prepare, set_advantages
 from steerwell.train.loop import checked
-from steerwell.train.provide import Provider, Reference
+from steerwell.train.provide import Provider
+from steerwell.train.reference import Reference
 from steerwell.train.terms import demonstrations, needed, prune
 
 CPU = torch.device("cpu")

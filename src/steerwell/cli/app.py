@@ -73,7 +73,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if debug:
             traceback.print_exc()
         line, status = explain_error(error)
-        _say(f"error: {line}")
+        if not getattr(error, "_steerwell_told", False):  # of several processes the one that failed speaks
+            _say(f"error: {line}")
         return status
     finally:
         if before is not None:
@@ -138,6 +139,11 @@ def _say(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 
 
+def silent() -> bool:
+    """Whether this is one of several processes that ``torchrun`` started, and not the first: that one speaks."""
+    return int(os.environ.get("WORLD_SIZE", "1")) > 1 and int(os.environ.get("RANK", "0")) > 0
+
+
 def threads() -> int:
     """How many threads torch may use: ``STEERWELL_THREADS``, 1 by default (more are often slower)."""
     text = os.environ.get("STEERWELL_THREADS", "1")
@@ -146,4 +152,4 @@ def threads() -> int:
     return int(text)
 
 
-__all__ = ["app", "explain_error", "main", "threads"]
+__all__ = ["app", "explain_error", "main", "silent", "threads"]

@@ -12,12 +12,16 @@ from typing import Annotated, Any
 
 import typer
 
+from steerwell.cli.app import silent
+
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON on standard output.")]
 Step = Callable[[int, int], None]
 
 
 def result(value: Mapping[str, Any], as_json: bool, text: str | Callable[[], str]) -> None:
     """Print the result of a command: as one JSON object, or as text for people."""
+    if silent():
+        return
     if as_json:
         print(json.dumps(_plain(value), ensure_ascii=False, indent=1, default=str, allow_nan=False))
     else:
@@ -35,13 +39,14 @@ def _plain(value: Any) -> Any:
 
 def note(line: str) -> None:
     """A line for people, on standard error."""
-    print(line, file=sys.stderr, flush=True)
+    if not silent():
+        print(line, file=sys.stderr, flush=True)
 
 
 @contextmanager
 def progress(title: str) -> Iterator[Callable[..., None]]:
     """A bar on standard error: ``step(done, total, note="")``. No terminal: a line every 10 s."""
-    if not sys.stderr.isatty():
+    if silent() or not sys.stderr.isatty():
         yield _lines(title)
         return
     from rich.console import Console
@@ -71,7 +76,7 @@ def stages() -> Iterator[Callable[[str, int, int, str], None]]:
 
     Where that is no terminal: a line when a stage begins and when it ends.
     """
-    if not sys.stderr.isatty():
+    if silent() or not sys.stderr.isatty():
         yield _stage_lines()
         return
     from rich.console import Console

@@ -1,33 +1,27 @@
-"""One attention function for every decoder model, and the plan that tells it who may see whom.
+"""One attention function for every decoder model, and which models can take it.
 
 ``transformers`` calls the function registered here (under the name ``"steerwell"``) in place of a model's own
 attention. It does no work itself: the ``plan`` that travels with the call does. :class:`TreePlan` serves
 training and scoring, where completions branch from shared prompts; the sampler brings a plan of its own.
 
-A tree is cut into *nodes*: runs of tokens without a branch. The queries of a node see the keys of its
-ancestors and, causally, its own; nothing else. So no T×T mask is ever made. Nodes of similar size are padded
-into one call, because many small calls cost more than a little padding; a large node gets a call of its own.
+Only softmax attention can be told who sees whom. Layers that carry a state along the sequence (recurrent,
+linear attention, convolutions) would leak one branch into the next without any sign of it, so models that have
+them keep their own attention and get one sequence per row: see :func:`takes_tree`.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass, field
-from itertools import pairwise
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
+from weakref import WeakKeyDictionary
 
-import numpy as np
-import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
 
 from steerwell.data.errors import InputError
+from steerwell.models.tree_plan import Node, TreePlan
 
 NAME = "steerwell"
-# What one more attention call costs, counted in scores (query × key) that could be computed meanwhile.
-CALL_COST = 4096
 
 
 class Plan(Protocol):
@@ -87,274 +81,88 @@ def steerwell_attention(
 AttentionInterface.register(NAME, steerwell_attention)
 
 
-class Node(NamedTuple):
-    """A run of tokens without a branch: ``length`` tokens from flat position ``offset`` and depth ``start``.
+def takes_tree(model: nn.Module) -> bool:
+    """Whether completions may branch from a shared prompt in ``model``: all its layers are softmax attention.
 
-    ``path`` holds the flat ranges ``(from, to)`` of all its ancestors' tokens, root first.
+    A model that does not (hybrids with recurrent, linear-attention or convolutional layers) runs with its own
+    attention on one sequence per row. A peft wrapper is looked through.
     """
-
-    offset: int
-    length: int
-    start: int
-    path: tuple[tuple[int, int], ...] = ()
+    return not stateful_layers(model)
 
 
-@dataclass(slots=True)
-class _Call:
-    """One padded attention call for n nodes; ``pieces`` is set when n is 1 (slices, not gathers)."""
-
-    starts: Tensor  # (n,) depth of the first query
-    sizes: Tensor  # (n,) number of keys
-    n_queries: int
-    n_keys: int
-    query_index: Tensor | None = None  # (n * n_queries,)
-    key_index: Tensor | None = None  # (n * n_keys,)
-    pieces: tuple[int, ...] = ()  # which pieces of the split are the keys; the last one is the queries too
-    masks: dict[Any, Tensor | None] = field(default_factory=dict)
-
-    def to(self, device: torch.device | str) -> _Call:
-        query, key = (None if x is None else x.to(device) for x in (self.query_index, self.key_index))
-        starts, sizes = self.starts.to(device), self.sizes.to(device)
-        return _Call(starts, sizes, self.n_queries, self.n_keys, query, key, self.pieces)
-
-    def mask(self, window: int | None, dtype: torch.dtype) -> Tensor | None:
-        """(n, 1, queries, keys): 0 where seen, -inf elsewhere; None when plain causal attention does."""
-        window = None if window is None or window >= self.n_keys else int(window)
-        if (window, dtype) not in self.masks:
-            root = bool(self.pieces) and self.n_queries == self.n_keys
-            self.masks[window, dtype] = None if root and window is None else self._make_mask(window, dtype)
-        return self.masks[window, dtype]
-
-    def _make_mask(self, window: int | None, dtype: torch.dtype) -> Tensor:
-        device = self.starts.device
-        at = self.starts[:, None] + torch.arange(self.n_queries, device=device)
-        # a padded query sees what the last one sees, so that no row of the mask is empty
-        at = torch.minimum(at, self.sizes[:, None] - 1)[:, :, None]
-        key = torch.arange(self.n_keys, device=device)
-        seen = key <= at
-        if window is not None:
-            seen &= key > at - window
-        return torch.zeros(seen.shape, dtype=dtype, device=device).masked_fill_(~seen, -torch.inf)[:, None]
+def stateful_layers(model: nn.Module) -> str:
+    """What in ``model`` is not softmax attention over the whole past or a window, in words; "" if nothing is."""
+    inner = unwrap(model)
+    if inner not in _STATEFUL:
+        _STATEFUL[inner] = _find_stateful_layers(inner)
+    return _STATEFUL[inner]
 
 
-class TreePlan:
-    """Attention over packed trees of T tokens; rows are trees without branches.
-
-    Made once per batch from its nodes, which must cover the T tokens in flat order, parents before children.
-    Masks are made on first use and shared by all layers.
-    """
-
-    def __init__(self, nodes: Sequence[Node]) -> None:
-        self.n_tokens = sum(node.length for node in nodes)
-        self.calls: list[_Call] = []
-        self.sizes: list[int] = []  # how to split T for the calls of one node each
-        self.inverse: Tensor | None = None  # where each token's output lies after all calls
-        self._make_calls(nodes)
-
-    def to(self, device: torch.device | str) -> TreePlan:
-        """The same plan with its index tensors on ``device``."""
-        plan = object.__new__(TreePlan)
-        plan.n_tokens, plan.sizes = self.n_tokens, self.sizes
-        plan.calls = [call.to(device) for call in self.calls]
-        plan.inverse = None if self.inverse is None else self.inverse.to(device)
-        return plan
-
-    def _make_calls(self, nodes: Sequence[Node]) -> None:
-        buckets = _buckets([(node.length, node.start + node.length) for node in nodes])
-        alone = sorted(bucket[0] for bucket in buckets if len(bucket) == 1)
-        spans = {span for i in alone for span in (*nodes[i].path, _own(nodes[i]))}
-        if spans:
-            cuts = sorted({0, self.n_tokens, *(edge for span in spans for edge in span)})
-            self.sizes = [b - a for a, b in pairwise(cuts)]
-            first = {cut: i for i, cut in enumerate(cuts)}
-            for i in alone:
-                node = nodes[i]
-                ranges = [range(first[a], first[b]) for a, b in node.path]
-                # a node's own range is whole: paths of other nodes hold whole nodes too
-                pieces = (*(j for r in ranges for j in r), first[node.offset])
-                call = _call([node])
-                call.pieces = pieces
-                self.calls.append(call)
-        grouped = [[nodes[i] for i in bucket] for bucket in buckets if len(bucket) > 1]
-        self.calls += [_gathered(members) for members in grouped]
-        done = [nodes[i] for i in alone]
-        if grouped or any(a.offset > b.offset for a, b in pairwise(done)):
-            self.inverse = torch.from_numpy(_inverse(done, grouped, self.n_tokens))
-
-    def attend(
-        self,
-        module: nn.Module,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        *,
-        scaling: float | None,
-        sliding_window: int | None = None,
-        softcap: float | None = None,
-        sinks: Tensor | None = None,
-        dropout: float = 0.0,
-    ) -> Tensor:
-        """Query (1, H, T, D), key (1, Hkv, T, D), value (1, Hkv, T, Dv) -> (1, T, H, Dv)."""
-        if query.shape[0] != 1 or query.shape[2] != self.n_tokens or key.shape[2] != self.n_tokens:
-            raise RuntimeError(
-                f"the plan is for one row of {self.n_tokens} tokens, the model gave queries "
-                f"{tuple(query.shape)} and keys {tuple(key.shape)}"
-            )
-        q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # (T, heads, D)
-        pieces = [x.split(self.sizes) for x in (q, k, v)] if self.sizes else None
-        outs = []
-        for call in self.calls:
-            if call.pieces:
-                assert pieces is not None
-                seen = [torch.cat([x[i] for i in call.pieces]) for x in pieces[1:]]
-                parts = [x[None] for x in (pieces[0][call.pieces[-1]], *seen)]
-            else:
-                assert call.query_index is not None
-                assert call.key_index is not None
-                n = len(call.starts)
-                index = (call.query_index, call.key_index, call.key_index)
-                parts = [
-                    x.index_select(0, i).view(n, len(i) // n, *x.shape[1:])
-                    for x, i in zip((q, k, v), index, strict=True)
-                ]
-            mask = call.mask(sliding_window, q.dtype)
-            out = _attention(*(x.transpose(1, 2) for x in parts), mask, scaling, softcap, sinks, dropout)
-            outs.append(out.transpose(1, 2).flatten(0, 1))
-        flat = torch.cat(outs) if len(outs) > 1 else outs[0]
-        return (flat if self.inverse is None else flat.index_select(0, self.inverse))[None]
+def unwrap(model: nn.Module) -> PreTrainedModel:
+    """The ``transformers`` model inside a peft wrapper (adapters stay in place and active)."""
+    outer: Any = model
+    return outer.get_base_model() if hasattr(outer, "get_base_model") else outer
 
 
-def _own(node: Node) -> tuple[int, int]:
-    return node.offset, node.offset + node.length
-
-
-def _buckets(shapes: Sequence[tuple[int, int]]) -> list[list[int]]:
-    """Which nodes, of (queries, keys) each, share a call: largest first, while padding costs less."""
-    order = sorted(range(len(shapes)), key=lambda i: (-shapes[i][0] * shapes[i][1], -shapes[i][1], i))
-    buckets: list[list[int]] = []
-    n_queries = n_keys = useful = 0
-    for i in order:
-        q, k = max(n_queries, shapes[i][0]), max(n_keys, shapes[i][1])
-        area = shapes[i][0] * shapes[i][1]
-        if buckets:
-            n = len(buckets[-1]) + 1
-            if n * q * k - useful - area <= CALL_COST * (n - 1):
-                buckets[-1].append(i)
-                n_queries, n_keys, useful = q, k, useful + area
-                continue
-        buckets.append([i])
-        (n_queries, n_keys), useful = shapes[i], area
-    return buckets
-
-
-def _call(nodes: Sequence[Node]) -> _Call:
-    starts = torch.tensor([node.start for node in nodes])
-    lengths = torch.tensor([node.length for node in nodes])
-    return _Call(starts, starts + lengths, int(lengths.max()), int((starts + lengths).max()))
-
-
-def _gathered(nodes: Sequence[Node]) -> _Call:
-    """A call for several nodes; indices beyond a node's end repeat its last token and are masked."""
-    call = _call(nodes)
-    queries = np.arange(call.n_queries)
-    lengths = np.array([node.length for node in nodes])
-    offsets = np.array([node.offset for node in nodes])
-    query_index = offsets[:, None] + np.minimum(queries, lengths[:, None] - 1)
-    key_index = np.empty((len(nodes), call.n_keys), dtype=np.int64)
-    for row, node in zip(key_index, nodes, strict=True):
-        at = 0
-        for a, b in (*node.path, _own(node)):
-            row[at : at + b - a] = np.arange(a, b)
-            at += b - a
-        row[at:] = row[at - 1]
-    call.query_index = torch.from_numpy(query_index.reshape(-1))
-    call.key_index = torch.from_numpy(key_index.reshape(-1))
-    return call
-
-
-def _inverse(alone: Sequence[Node], grouped: Sequence[Sequence[Node]], n_tokens: int) -> np.ndarray:
-    """For each token, where its output lies when the calls' outputs are laid end to end."""
-    inverse = np.empty(n_tokens, dtype=np.int64)
-    at = 0
-    for node in alone:
-        inverse[slice(*_own(node))] = np.arange(at, at + node.length)
-        at += node.length
-    for members in grouped:
-        longest = max(node.length for node in members)
-        for node in members:
-            inverse[slice(*_own(node))] = np.arange(at, at + node.length)
-            at += longest
-    return inverse
-
-
-def use_steerwell_attention(model: PreTrainedModel) -> None:
-    """Switch ``model`` to the registered attention.
-
-    Raises :class:`InputError` for models whose layers are not all attention (recurrent, convolutional,
-    linear): there one branch would leak into the next through the state, without any sign of it.
-    """
-    refuse_other_layers(model)
-    try:
-        model.set_attn_implementation(NAME)
-    except (ValueError, AttributeError) as error:
-        raise _refusal(model, f"it does not take a registered attention function ({error})") from error
-
-
-def refuse_other_layers(model: PreTrainedModel) -> None:
-    """Raise :class:`InputError` when a layer of ``model`` is not softmax attention over the whole past."""
-    config = model.config.get_text_config()
-    kinds = set(getattr(config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
-    if kinds:
-        raise _refusal(model, f"it has layers of type {', '.join(sorted(map(str, kinds)))}")
-    if getattr(config, "is_encoder_decoder", False) or getattr(config, "is_causal", True) is False:
-        raise _refusal(model, "it is not a decoder that reads from left to right")
-    for module in model.modules():
-        name = type(module).__name__
-        if isinstance(module, (nn.Conv1d, nn.RNNBase)) or _RECURRENT.search(name):
-            raise _refusal(model, f"it has a {name} layer")
-
-
+# Modules are many and batches are more: each model is looked through once.
+_STATEFUL: WeakKeyDictionary[nn.Module, str] = WeakKeyDictionary()
+_PLAIN = {"full_attention", "sliding_attention", "moe", "mlp"}
 _RECURRENT = re.compile(
     "Mamba|SSM|Ssm[A-Z]|R[Ww][Kk][Vv]|Delta(Net|Attention|Rule)|Recurrent|R[Gg]L[Rr][Uu]|Retention"
     "|(Short|Causal)Conv|Lightning|LSTM"
 )
 
 
-def _refusal(model: PreTrainedModel, why: str) -> InputError:
+def _find_stateful_layers(model: PreTrainedModel) -> str:
+    kinds = set(getattr(model.config.get_text_config(), "layer_types", None) or ()) - _PLAIN
+    if kinds:
+        return f"layers of type {', '.join(sorted(map(str, kinds)))}"
+    for module in model.modules():
+        name = type(module).__name__
+        if isinstance(module, (nn.Conv1d, nn.RNNBase)) or _RECURRENT.search(name):
+            return f"a {name} layer"
+    return ""
+
+
+def use_steerwell_attention(model: PreTrainedModel) -> None:
+    """Switch ``model`` to the registered attention.
+
+    Raises :class:`InputError` for models that cannot take it: see :func:`takes_tree`.
+    """
+    refuse_other_ways(model)
+    if why := stateful_layers(model):
+        raise refusal(model, f"cannot share prompts: it has {why}", "Use layout = auto or rows.")
+    try:
+        model.set_attn_implementation(NAME)
+    except (ValueError, AttributeError) as error:
+        raise refusal(model, f"does not take a registered attention function ({error})") from error
+
+
+def refuse_other_ways(model: PreTrainedModel) -> None:
+    """Raise :class:`InputError` for a model that does not read from left to right."""
+    config = model.config.get_text_config()
+    if getattr(config, "is_encoder_decoder", False) or getattr(config, "is_causal", True) is False:
+        raise refusal(model, "is not a decoder that reads from left to right")
+
+
+def refusal(model: PreTrainedModel, why: str, mend: str = "") -> InputError:
+    """The error for a model that cannot be used so, for the caller to raise."""
     return InputError(
-        f"{type(model).__name__} is not supported: {why}",
-        mend="Use a model with attention in every layer (Llama, Qwen3, Mistral, Gemma, …).",
+        f"{type(model).__name__} {why}",
+        mend=mend or "Use a decoder model with attention in every layer (Llama, Qwen3, Mistral, Gemma, …).",
     )
 
 
-def _attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    mask: Tensor | None,
-    scaling: float | None,
-    softcap: float | None,
-    sinks: Tensor | None,
-    dropout: float,
-) -> Tensor:
-    """(n, H, Tq, D), (n, Hkv, Tk, D) -> (n, H, Tq, Dv). No mask means causal, with Tq equal to Tk."""
-    if softcap is None and sinks is None:
-        grouped = q.shape[1] != k.shape[1]
-        return F.scaled_dot_product_attention(
-            q, k, v, mask, dropout, mask is None, scale=scaling, enable_gqa=grouped
-        )
-    repeat = q.shape[1] // k.shape[1]
-    k, v = k.repeat_interleave(repeat, 1), v.repeat_interleave(repeat, 1)
-    scores = (q @ k.transpose(2, 3)) * (q.shape[-1] ** -0.5 if scaling is None else scaling)
-    if softcap is not None:
-        scores = softcap * torch.tanh(scores / softcap)
-    if mask is None:
-        mask = torch.full(scores.shape[2:], -torch.inf, dtype=q.dtype, device=q.device).triu(1)
-    scores = scores + mask
-    if sinks is not None:
-        column = sinks.view(1, -1, 1, 1).expand(len(scores), -1, scores.shape[2], 1)
-        scores = torch.cat([scores, column.to(scores.dtype)], -1)
-    weights = scores.softmax(-1, dtype=torch.float32).to(v.dtype)
-    if sinks is not None:
-        weights = weights[..., :-1]
-    return F.dropout(weights, dropout) @ v
+__all__ = [
+    "NAME",
+    "Node",
+    "Plan",
+    "TreePlan",
+    "refusal",
+    "refuse_other_ways",
+    "stateful_layers",
+    "steerwell_attention",
+    "takes_tree",
+    "unwrap",
+    "use_steerwell_attention",
+]

@@ -1,23 +1,30 @@
-"""Flat token batches that live for one step, in two layouts with equal numbers.
+"""Flat token batches that live for one step, in layouts with equal numbers.
 
 ``tree``: each shared prefix is encoded once and completions branch from it, position ids continuing from the
 branch point. ``rows``: each completion has a copy of its prompt. Neither has padding.
+
+Models with layers that carry a state along the sequence can take neither. For them ``rows`` means ``padded``:
+one sequence per row of a rectangle, filled up on the right, where nothing that is read can see the filling.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence as Seq
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from itertools import pairwise
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from steerwell.models.attention import Node, TreePlan
+from steerwell.data.errors import InputError
+from steerwell.models.attention import stateful_layers, takes_tree, unwrap
 from steerwell.models.render import Sequence, TokenizedGroup
+from steerwell.models.tree_plan import Node, TreePlan
 
-Layout = Literal["auto", "tree", "rows"]
+# What a recipe may say. Which one of Layout it becomes depends on the model: see layout_for.
+Wish = Literal["auto", "tree", "rows"]
+Layout = Literal["auto", "tree", "rows", "padded"]
 # A shorter overlap between two completions is encoded twice: a branch point costs more than it saves.
 MIN_SHARED = 8
 # Different groups share a beginning (a system prompt, an agent's history) when it has this many tokens.
@@ -26,12 +33,13 @@ MIN_SHARED_BETWEEN_GROUPS = 32
 
 @dataclass(slots=True)
 class Batch:
-    """N completions with S scored tokens, packed into T tokens.
+    """N completions with S scored tokens, packed into T tokens: one row of T, or (padded) N rows of T / N.
 
     =============== ===== ========================================================================
-    input_ids       (1,T) token ids
-    position_ids    (1,T) depth of each token in its own sequence
-    plan            -     who sees whom; travels to the attention function
+    input_ids       (B,L) token ids; B is 1 and L is T, or B is N in the padded layout
+    position_ids    (B,L) depth of each token in its own sequence
+    plan            -     who sees whom; travels to the attention function. None in the padded layout
+    longest         -     tokens of the longest sequence
     src             (S,)  flat position whose output predicts …
     target          (S,)  … this token …
     at              (S,)  … which itself lies here
@@ -41,12 +49,12 @@ class Batch:
     group           (N,)  which of the given groups each completion belongs to
     =============== ===== ========================================================================
 
-    Completions keep the order of the groups given.
+    Flat positions count through the rows. Completions keep the order of the groups given.
     """
 
     input_ids: Tensor
     position_ids: Tensor
-    plan: TreePlan
+    plan: TreePlan | None
     src: Tensor
     target: Tensor
     at: Tensor
@@ -55,6 +63,7 @@ class Batch:
     lengths: Tensor
     group: Tensor
     n: int
+    longest: int
 
     def to(self, device: torch.device | str) -> Batch:
         """The batch on another device; itself when it is there already."""
@@ -65,10 +74,19 @@ class Batch:
         moved = {k: v.to(device) for k, v in values.items() if isinstance(v, (Tensor, TreePlan))}
         return Batch(**{**values, **moved})
 
+    def flat(self) -> Batch:
+        """Padded rows end to end in one row with a plan, for a model that runs on plans."""
+        if self.plan is not None:
+            return self
+        count, length = self.input_ids.shape
+        plan = TreePlan([Node(i * length, length, 0) for i in range(count)]).to(self.input_ids.device)
+        ids, positions = (x.view(1, -1) for x in (self.input_ids, self.position_ids))
+        return replace(self, input_ids=ids, position_ids=positions, plan=plan)
+
     @property
     def n_tokens(self) -> int:
-        """T, the tokens that the model encodes."""
-        return self.input_ids.shape[1]
+        """T, the tokens that the model encodes, padding included."""
+        return self.input_ids.numel()
 
 
 def tree(groups: Seq[TokenizedGroup]) -> Batch:
@@ -89,11 +107,50 @@ def rows(groups: Seq[TokenizedGroup]) -> Batch:
     return _assemble(sequences, group, runs, list(range(len(runs))))
 
 
+def padded(groups: Seq[TokenizedGroup]) -> Batch:
+    """One sequence per row, filled up on the right to the longest, for models that cannot take a plan.
+
+    Exact because every layer of a decoder reads from left to right: what stands after a sequence's end has no
+    way to the positions that are read. No mask says where the padding is, and none is needed.
+    """
+    sequences, group = _flatten(groups)
+    longest = max(len(s.ids) for s in sequences)
+    input_ids = torch.zeros(len(sequences), longest, dtype=torch.long)
+    for row, s in zip(input_ids, sequences, strict=True):
+        row[: len(s.ids)] = torch.tensor(s.ids)
+    positions = torch.arange(longest).repeat(len(sequences), 1)
+    flat = [range(i * longest + s.n_prompt - 1, i * longest + len(s.ids)) for i, s in enumerate(sequences)]
+    return _index(sequences, group, flat, input_ids, positions, None)
+
+
+def layout_for(wish: Layout, *models: nn.Module) -> Layout:
+    """The layout that all of these models can take, for a wish of ``auto``, ``tree`` or ``rows``.
+
+    ``auto`` is the tree wherever it can be. Raises :class:`InputError` for a ``tree`` on a model with layers
+    that carry a state along the sequence, and for a layout that does not exist.
+    """
+    if wish not in ("auto", "tree", "rows"):
+        raise InputError(f"unknown layout {wish!r}", mend="Choose auto, tree or rows.")
+    for model in models:
+        if not takes_tree(model):
+            if wish == "tree":
+                raise InputError(
+                    f"a {type(unwrap(model)).__name__} cannot share prompts: it has {stateful_layers(model)}",
+                    mend="Use layout = auto or rows.",
+                )
+            return "padded"
+    return "tree" if wish == "auto" else wish
+
+
 def build(groups: Seq[TokenizedGroup], layout: Layout = "auto") -> Batch:
-    """Pack groups in the given layout; ``auto`` is ``tree``, which never has more tokens than ``rows``."""
-    if layout not in ("auto", "tree", "rows"):
-        raise ValueError(f"unknown layout {layout!r}: choose auto, tree or rows")
-    return rows(groups) if layout == "rows" else tree(groups)
+    """Pack groups in the given layout; ``auto`` is ``tree``, which never has more tokens than ``rows``.
+
+    Which layout a model can take is for :func:`layout_for` to say.
+    """
+    makers = {"auto": tree, "tree": tree, "rows": rows, "padded": padded}
+    if layout not in makers:
+        raise ValueError(f"unknown layout {layout!r}: choose auto, tree, rows or padded")
+    return makers[layout](groups)
 
 
 def pack(groups: Seq[TokenizedGroup], max_tokens: int, layout: Layout = "auto") -> list[list[int]]:
@@ -102,21 +159,27 @@ def pack(groups: Seq[TokenizedGroup], max_tokens: int, layout: Layout = "auto") 
     A group that is too long by itself gets a micro-batch of its own. Returns indices into ``groups``,
     ascending inside each micro-batch. First-fit, longest first, so that few micro-batches are needed.
     """
-    sizes = [n_tokens(group, layout) for group in groups]
-    bins: list[tuple[int, list[int]]] = []
-    for i in sorted(range(len(sizes)), key=lambda i: (-sizes[i], i)):
-        for b, (used, members) in enumerate(bins):
-            if used + sizes[i] <= max_tokens:
+    if layout == "padded":
+        shapes = [(len(group.sequences), _longest(group)) for group in groups]
+    else:
+        shapes = [(n_tokens(group, layout), 1) for group in groups]
+    bins: list[tuple[int, int, list[int]]] = []  # rows, their length, members
+    for i in sorted(range(len(shapes)), key=lambda i: (-shapes[i][1], -shapes[i][0], i)):
+        count, length = shapes[i]
+        for b, (used, longest, members) in enumerate(bins):
+            if (used + count) * max(longest, length) <= max_tokens:
                 members.append(i)
-                bins[b] = (used + sizes[i], members)
+                bins[b] = (used + count, max(longest, length), members)
                 break
         else:
-            bins.append((sizes[i], [i]))
-    return sorted(sorted(members) for _, members in bins)
+            bins.append((count, length, [i]))
+    return sorted(sorted(members) for _, _, members in bins)
 
 
 def n_tokens(group: TokenizedGroup, layout: Layout = "auto") -> int:
     """How many tokens the model encodes for one group (an upper bound where completions begin alike)."""
+    if layout == "padded":
+        return len(group.sequences) * _longest(group)
     total = sum(len(s.ids) for s in group.sequences)
     if layout == "rows" or not group.sequences:
         return total
@@ -125,6 +188,10 @@ def n_tokens(group: TokenizedGroup, layout: Layout = "auto") -> int:
     if all(s.n_prompt == shared and s.ids[:shared] == first.ids[:shared] for s in group.sequences[1:]):
         return total - shared * (len(group.sequences) - 1)
     return total
+
+
+def _longest(group: TokenizedGroup) -> int:
+    return max((len(s.ids) for s in group.sequences), default=0)
 
 
 @dataclass(slots=True)
@@ -210,37 +277,51 @@ def _assemble(sequences: Seq[Sequence], group: Seq[int], runs: list[_Run], ends:
             above, node = runs[run.parent], nodes[run.parent]
             path = (*node.path, (above.offset, above.offset + node.length))
         nodes.append(Node(run.offset, run.end - run.start, run.start, path))
+    flat = [
+        _flat_positions(runs, end, s.n_prompt - 1, len(s.ids)) for s, end in zip(sequences, ends, strict=True)
+    ]
+    ids = torch.tensor([flat_ids])
+    return _index(sequences, group, flat, ids, torch.tensor([positions]), TreePlan(nodes))
+
+
+def _index(
+    sequences: Seq[Sequence],
+    group: Seq[int],
+    flat: Seq[Seq[int]],
+    input_ids: Tensor,
+    position_ids: Tensor,
+    plan: TreePlan | None,
+) -> Batch:
+    """A batch from the flat positions of each sequence, from its last prompt token to its end."""
     src: list[int] = []
     at: list[int] = []
     target: list[int] = []
-    last: list[int] = []
     lengths: list[int] = []
-    for s, end in zip(sequences, ends, strict=True):
-        flat = _flat_positions(runs, end, s.n_prompt - 1, len(s.ids))
-        last.append(flat[-1])
+    for s, places in zip(sequences, flat, strict=True):
         scored = s.scored()
         lengths.append(len(scored))
-        if len(scored) == len(flat) - 1:
-            src += flat[:-1]
-            at += flat[1:]
+        if len(scored) == len(places) - 1:
+            src += places[:-1]
+            at += places[1:]
             target += s.ids[s.n_prompt :]
         else:
-            src += [flat[i - s.n_prompt] for i in scored]
-            at += [flat[i - s.n_prompt + 1] for i in scored]
+            src += [places[i - s.n_prompt] for i in scored]
+            at += [places[i - s.n_prompt + 1] for i in scored]
             target += [s.ids[i] for i in scored]
     count = torch.tensor(lengths)
     return Batch(
-        input_ids=torch.tensor([flat_ids]),
-        position_ids=torch.tensor([positions]),
-        plan=TreePlan(nodes),
+        input_ids=input_ids,
+        position_ids=position_ids,
+        plan=plan,
         src=torch.tensor(src),
         target=torch.tensor(target),
         at=torch.tensor(at),
         owner=torch.repeat_interleave(torch.arange(len(sequences)), count),
-        last=torch.tensor(last),
+        last=torch.tensor([places[-1] for places in flat]),
         lengths=count.float(),
         group=torch.tensor(group),
         n=len(sequences),
+        longest=max(len(s.ids) for s in sequences),
     )
 
 
@@ -255,4 +336,15 @@ def _flat_positions(runs: Seq[_Run], end: int, first: int, stop: int) -> list[in
     return [i for part in reversed(parts) for i in part]
 
 
-__all__ = ["Batch", "Layout", "build", "n_tokens", "pack", "rows", "tree"]
+__all__ = [
+    "Batch",
+    "Layout",
+    "Wish",
+    "build",
+    "layout_for",
+    "n_tokens",
+    "pack",
+    "padded",
+    "rows",
+    "tree",
+]

@@ -22,6 +22,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as hf_logging
 
 from steerwell.data.errors import InputError
+from steerwell.data.messages import digest
+from steerwell.models.sharding import everywhere, own_part, sharded
 
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
@@ -129,11 +131,12 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
-def weights_digest(model: nn.Module) -> str:
-    """Hash of all weights by name, type, shape and bytes; tied weights count once."""
+def weights_digest(model: nn.Module | Mapping[str, torch.Tensor]) -> str:
+    """Hash of all weights (a model's, or named ones) by name, type, shape and bytes; tied weights count once."""
     total = hashlib.blake2b(digest_size=12)
     seen: set[int] = set()
-    for name, value in sorted(model.state_dict().items()):
+    state: Mapping[str, Any] = model.state_dict() if isinstance(model, nn.Module) else model
+    for name, value in sorted(state.items()):
         if value.data_ptr() in seen and value.numel():
             continue
         seen.add(value.data_ptr())
@@ -143,10 +146,19 @@ def weights_digest(model: nn.Module) -> str:
 
 
 def remembered_digest(model: nn.Module, known: tuple[Any, str] | None) -> tuple[Any, str]:
-    """The digest of a model's weights, computed again only after they changed."""
+    """The digest of a model's weights, computed again only after they changed.
+
+    A model that is spread over processes has a digest of its own kind, made of those of its parts.
+    """
+    if sharded(model):
+        return None, digest("sharded", everywhere(weights_digest(_parts(model))))
     # Fused optimizers write without raising the version of a tensor, so the bits are summed as well.
     state = tuple((p.data_ptr(), p._version, _bit_sum(p)) for p in model.parameters())
     return known if known is not None and known[0] == state else (state, weights_digest(model))
+
+
+def _parts(model: nn.Module) -> dict[str, torch.Tensor]:
+    return {name: own_part(p.detach()) for name, p in model.named_parameters()}
 
 
 def _bit_sum(value: torch.Tensor) -> int:

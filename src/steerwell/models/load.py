@@ -29,8 +29,7 @@ from transformers import (
 from steerwell.data.errors import InputError, nearest
 from steerwell.data.messages import Message
 from steerwell.data.types import CompletionGroup, Prompt
-from steerwell.models.attention import use_steerwell_attention
-from steerwell.models.batch import build, pack
+from steerwell.models.batch import build, layout_for, pack
 from steerwell.models.directory import (
     check_directory,
     first_line,
@@ -132,7 +131,7 @@ class Policy:
             return _by_group(
                 self.tokenize(groups),
                 lambda batch: sum_by_owner(per_token_logps(self.model, batch), batch.owner, batch.n),
-                self.device,
+                self.model,
                 max_tokens,
             )
 
@@ -202,8 +201,8 @@ class RewardModel:
             noise = torch.Generator().manual_seed(0)
             shape = model.score.weight.shape
             model.score.weight.copy_(torch.randn(shape, generator=noise) * 0.01 / shape[1] ** 0.5)
-        use_steerwell_attention(model)
         model.to(policy.device).eval()  # type: ignore[arg-type]
+        adopt(model)
         return cls(model, policy.tokenizer, ScoringRecipe(pooling), name or f"{policy.name}-reward")
 
     @property
@@ -230,7 +229,7 @@ class RewardModel:
             raw = _by_group(
                 self.tokenize(groups),
                 lambda batch: reward_scores(self.model, batch, self.recipe.pooling),
-                self.device,
+                self.model,
                 max_tokens,
             )
         return [[(x - self.recipe.mean) / self.recipe.std for x in scores] for scores in raw]
@@ -262,7 +261,7 @@ def load_policy(
     a CPU and the saved one elsewhere.
 
     Raises :class:`InputError` for a missing directory, one without config, tokenizer, chat template or
-    safetensors, and an architecture whose layers are not all attention.
+    safetensors, and a model that is not a decoder or loses its own numbers (see :func:`forward.adopt`).
     """
     model, tokenizer = _load(AutoModelForCausalLM, path, device, dtype)
     if lora is not None:
@@ -383,12 +382,13 @@ def merged(model: Any) -> PreTrainedModel:
 
 
 def _by_group(
-    groups: list[TokenizedGroup], values: Callable[[Any], torch.Tensor], device: torch.device, max_tokens: int
+    groups: list[TokenizedGroup], values: Callable[[Any], torch.Tensor], model: Any, max_tokens: int
 ) -> list[list[float]]:
+    layout, device = layout_for("auto", model), next(model.parameters()).device
     out: list[list[float]] = [[] for _ in groups]
     busy = [i for i, group in enumerate(groups) if group.sequences]
-    for members in pack([groups[i] for i in busy], max_tokens):
-        batch = build([groups[busy[i]] for i in members]).to(device)
+    for members in pack([groups[i] for i in busy], max_tokens, layout):
+        batch = build([groups[busy[i]] for i in members], layout).to(device)
         for owner, value in zip(batch.group.tolist(), values(batch).tolist(), strict=True):
             out[busy[members[owner]]].append(value)
     return out

@@ -2,7 +2,8 @@
 
 A prompt is read once for all of its samples, packed with its neighbours. Then every live row takes one token
 per forward pass from a static cache. Rows that have finished leave the batch, and waiting prompts join it.
-Any causal language model that runs through :mod:`steerwell.models.attention` can be sampled.
+Any causal language model that runs through :mod:`steerwell.models.attention` can be sampled. Models that
+cannot share prompts are read as :mod:`steerwell.models.stateful` says; what is drawn follows the same rule.
 
 A sample is a function of the weights, the prompt's tokens, the seed and the sample's index: each draw turns
 one uniform number, hashed from seed, prompt, index and step, into a token (inverse of the cumulative
@@ -27,10 +28,11 @@ from torch import Tensor, nn
 from steerwell.data.errors import InputError
 from steerwell.data.messages import Message, Messages, as_messages, canonical
 from steerwell.data.types import Completion, CompletionGroup, Prompt, Source
-from steerwell.models.attention import use_steerwell_attention
-from steerwell.models.forward import unwrap
+from steerwell.models.attention import refuse_other_ways, takes_tree, unwrap, use_steerwell_attention
 from steerwell.models.kv_cache import CachePlan
 from steerwell.models.render import tokenize_prompts
+from steerwell.models.sharding import gathered
+from steerwell.models.stateful import run_in_step
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -134,16 +136,23 @@ def generate(
     The model is switched to evaluation and to our attention while this runs, and back however it ends.
 
     Raises :class:`InputError` for an empty prompt, one that leaves no room in the context, settings out of
-    range, a model with layers other than attention, and logits that are not numbers.
+    range, a model that does not read from left to right, and logits that are not numbers.
     """
     _check(n, max_new_tokens, temperature, batch_size)
     room = _room(prompts, _context(model), max_new_tokens)
     keys = _row_keys(prompts, n, seed)
     device = next(model.parameters()).device
     draw = _Draw(list(prompts), n, room, keys, sorted(set(stop)), temperature, greedy, device, progress)
-    with sampling(model), torch.no_grad():
-        for wave in _waves([len(ids) for ids in prompts]):
-            _run(model, draw, wave, batch_size)
+
+    def run() -> None:
+        with sampling(model), torch.no_grad():
+            if not takes_tree(model):
+                run_in_step(model, draw.prompts, n, batch_size, draw.pick)
+                return
+            for wave in _waves([len(ids) for ids in prompts]):
+                _run(model, draw, wave, batch_size)
+
+    gathered(model, run)
     return draw.samples()
 
 
@@ -350,12 +359,14 @@ def _room(prompts: Sequence[Sequence[int]], context: int | None, max_new_tokens:
 
 @contextmanager
 def sampling(model: nn.Module) -> Iterator[None]:
-    """The model in evaluation mode and with our attention; both are put back, also after an interruption."""
+    """The model in evaluation mode and, if it takes it, with our attention; both are put back in any case."""
     base = unwrap(model)
     training = [module for module in model.modules() if module.training]
     attention = base.config._attn_implementation or "sdpa"
     try:
-        use_steerwell_attention(base)
+        refuse_other_ways(base)
+        if takes_tree(base):
+            use_steerwell_attention(base)
         model.eval()
         yield
     finally:

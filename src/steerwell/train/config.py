@@ -66,6 +66,9 @@ class TrainConfig(BaseModel):
     pooling: Literal["last", "mean"] = Field(
         default="last", description="where a reward model reads its score"
     )
+    reference_cache: str = Field(
+        default="auto", description="file of reference log-probs that runs share: auto, off or a path"
+    )
     eval_every: int | None = Field(
         default=None, ge=1, description="steps between evaluations; None: start and end only"
     )
@@ -79,7 +82,7 @@ class TrainConfig(BaseModel):
 
 
 #: Settings that change no number of a run; a run may be continued with other values of them.
-FREE_SETTINGS = ("checkpoint_every", "keep_checkpoints")
+FREE_SETTINGS = ("checkpoint_every", "keep_checkpoints", "reference_cache")
 
 
 class Recipe(BaseModel):

@@ -12,7 +12,7 @@ import signal
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -20,6 +20,7 @@ from torch import Tensor
 
 from steerwell.data.errors import InputError
 from steerwell.models.load import Policy, RewardModel
+from steerwell.models.sharding import fill, own_part, whole
 from steerwell.train.checkpoint import (
     latest_checkpoint,
     load_tensors,
@@ -32,6 +33,7 @@ from steerwell.train.items import Item, Progress, prepare, set_advantages
 from steerwell.train.metrics import MetricsFile, Totals
 from steerwell.train.preflight import StartChecks
 from steerwell.train.provide import Provider
+from steerwell.train.ranks import Ranks
 from steerwell.train.rundir import RunDir, TrainingError
 from steerwell.train.sources import Source, derived_seed, rollout_figures, shuffled
 from steerwell.train.step import kl_figures, run_items, suspects
@@ -58,12 +60,18 @@ class Run:
     watch: Watch | None = None
     progress: Progress | None = None
     tokens: int = 0
+    bones: Any = None  # of a model that is spread over processes: where its weights are gathered to
     rollout: tuple[int, list[Item], dict[str, float]] = field(default_factory=lambda: (-1, [], {}))
 
     @property
     def names(self) -> dict[Tensor, str]:
         """The trainable parameters and their names (a tied weight once)."""
         return {p: name for name, p in self.trained.model.named_parameters() if p.requires_grad}
+
+    @property
+    def ranks(self) -> Ranks:
+        """This process among those that do the run together."""
+        return self.provider.ranks
 
     @property
     def updates(self) -> int:
@@ -90,22 +98,23 @@ def fit(run: Run) -> None:
                 try:
                     figures = _step(run, step)
                 except TrainingError:
-                    whole = all(bool(p.isfinite().all()) for p in run.names)
-                    if step > saved and step % run.updates == 0 and whole:
+                    sound = all(bool(own_part(p).isfinite().all()) for p in run.names)
+                    if step > saved and step % run.updates == 0 and all(run.ranks.gather(sound)):
                         _save(run, step, metrics)
                     raise
                 _look(run, step + 1, metrics, figures, always=step + 1 == run.steps)
+                stop = any(run.ranks.gather(asked()))
                 if (
                     (step + 1) % run.updates == 0
                     and step + 1 < run.steps
-                    and ((step + 1) // every > saved // every or asked())
+                    and ((step + 1) // every > saved // every or stop)
                 ):
                     _save(run, step + 1, metrics)
                     saved = step + 1
-                    if asked():
+                    if stop:
                         raise KeyboardInterrupt
         metrics.sync()
-        run.trained.save(run.folder.model)
+        _save_model(run)
         run.folder.write(status="done", tokens=run.tokens, steps=run.steps)
     except KeyboardInterrupt:
         run.folder.write(status="interrupted", step=saved)
@@ -119,23 +128,25 @@ def fit(run: Run) -> None:
 
 def _restore(run: Run) -> tuple[int, MetricsFile]:
     """Continue from the newest whole checkpoint, or begin; returns the step and the metrics file."""
-    found = latest_checkpoint(run.folder.checkpoints, run.folder.metrics)
+    ranks = run.ranks
+    found = ranks.first(lambda: latest_checkpoint(run.folder.checkpoints, run.folder.metrics))
     if found is None:
-        return 0, MetricsFile(run.folder.metrics)
+        return 0, MetricsFile(run.folder.metrics, writes=ranks.writes)
     path, state, torn = found
-    device = run.provider.device
-    weights = load_tensors(path, "model", device)
+    device, names = run.provider.device, run.names
+    like: dict[str, Tensor] = {name: parameter for parameter, name in names.items()}
+    weights = load_tensors(path, "model", device, like)
     with torch.no_grad():
-        for parameter, name in run.names.items():
+        for parameter, name in names.items():
             parameter.copy_(weights[name])
-    restore_optimizer(run.optimizer, run.names, load_tensors(path, "optimizer", device))
+    restore_optimizer(run.optimizer, names, load_tensors(path, "optimizer", device, like))
     run.tokens = state["tokens"]
     if run.progress is not None:
         note = f"continued from step {state['step']}"
         if torn:
             note += f"; {torn[0].name} was incomplete and is not used"
         run.progress("train", state["step"], run.steps, note)
-    return state["step"], MetricsFile(run.folder.metrics, state["metrics_bytes"])
+    return state["step"], MetricsFile(run.folder.metrics, state["metrics_bytes"], writes=ranks.writes)
 
 
 def _save(run: Run, step: int, metrics: MetricsFile) -> None:
@@ -146,13 +157,21 @@ def _save(run: Run, step: int, metrics: MetricsFile) -> None:
     }
     state = {"tokens": run.tokens, "metrics_bytes": metrics.sync()}
     try:
-        save_checkpoint(run.folder.checkpoints, step, tensors, state, run.config.keep_checkpoints)
+        save_checkpoint(run.folder.checkpoints, step, tensors, state, run.config.keep_checkpoints, run.ranks)
     except OSError as error:
         raise TrainingError(
             f"the checkpoint of step {step} could not be written ({error.strerror}): earlier ones are kept; "
             "make room and run the same again"
         ) from error
     run.folder.write(step=step, tokens=run.tokens)
+
+
+def _save_model(run: Run) -> None:
+    """Write ``model/``; weights that are spread over processes are gathered by the first one for it."""
+    if run.bones is not None:
+        fill(run.bones, run.trained.model, run.ranks.writes)
+    model = run.trained if run.bones is None else replace(run.trained, model=run.bones)
+    run.ranks.first(lambda: model.save(run.folder.model) and None)
 
 
 def _step(run: Run, step: int) -> dict[str, float]:
@@ -169,10 +188,12 @@ def _step(run: Run, step: int) -> dict[str, float]:
 
     with _dropout(run, step):
         outcome = run_items(items, run.terms, run.provider, backward=True, observe=observe)
-    checks.conclude(outcome.parts)
+    run.ranks.together(lambda: checks.conclude(outcome.parts))
+    if not run.ranks.alone:
+        totals.merge(run.ranks.gather(totals.state()))
     parameters = list(run.names)
     limit = run.config.max_grad_norm
-    norm = torch.nn.utils.clip_grad_norm_(parameters, math.inf if limit is None else limit)
+    norm = whole(torch.nn.utils.clip_grad_norm_(parameters, math.inf if limit is None else limit))
     loss, grad_norm = torch.stack([outcome.loss, norm.double()]).tolist()
     if not (math.isfinite(loss) and math.isfinite(grad_norm)):
         run.optimizer.zero_grad(set_to_none=True)
@@ -266,7 +287,7 @@ def _dropout(run: Run, step: int) -> Iterator[None]:
         return
     devices = [run.provider.device] if run.provider.device.type == "cuda" else []
     with torch.random.fork_rng(devices):
-        torch.manual_seed(derived_seed(run.config.seed, "dropout", step))
+        torch.manual_seed(derived_seed(run.config.seed, "dropout", step * run.ranks.size + run.ranks.rank))
         run.trained.model.train()
         try:
             yield

@@ -19,6 +19,7 @@ from steerwell.data.errors import InputError
 from steerwell.data.messages import digest
 from steerwell.data.types import CompletionGroup
 from steerwell.models.load import Policy, RewardModel, load_policy, load_reward_model, weights_digest
+from steerwell.models.sharding import shard, skeleton
 from steerwell.objectives.table import hyperparameters
 from steerwell.train.config import (
     FREE_SETTINGS,
@@ -29,8 +30,10 @@ from steerwell.train.config import (
     split_settings,
 )
 from steerwell.train.fit import Run, Watch, fit
-from steerwell.train.items import Prepared, Progress, items_digest, prepare
-from steerwell.train.provide import REFERENCE_NAMES, Provider, Reference, check_mismatch
+from steerwell.train.items import Item, Prepared, Progress, items_digest, prepare
+from steerwell.train.provide import Provider, check_mismatch
+from steerwell.train.ranks import Ranks, current, join, mesh
+from steerwell.train.reference import REFERENCE_NAMES, Kept, Reference, base_digest, cache_path
 from steerwell.train.rundir import RunDir
 from steerwell.train.sources import Rollouts, Source, derived_seed, epoch_order, passes, steps_in
 from steerwell.train.terms import Spec, Term, check_data, describe, functions_of, make_terms, needed
@@ -91,9 +94,10 @@ def train(
     groups: list[CompletionGroup] = [] if isinstance(data, Source) else list(data)
     order = _Order(terms, made, source, groups, list(eval_data or []), reference, lora, watch, progress)
     _check(policy, order, eval_data is not None)
-    folder = RunDir(out)
+    ranks = join()
+    folder = RunDir(out, ranks)
     try:
-        return _train(policy, order, folder)
+        return _train(policy, order, folder, ranks)
     finally:
         folder.close()
 
@@ -172,10 +176,10 @@ def _refuse_unused(
         raise InputError(f"pooling is not used by {terms[0].name}", mend="It is a setting of reward models.")
 
 
-def _train(policy: Any, order: _Order, folder: RunDir) -> Model:
+def _train(policy: Any, order: _Order, folder: RunDir, ranks: Ranks) -> Model:
     reward = order.terms[0].kind == "reward"
     owned = isinstance(policy, str | Path)
-    given: Model = _load(policy, reward, order.lora) if owned else policy
+    given: Model = ranks.together(lambda: _load(policy, reward, order.lora)) if owned else policy
     config = _with_rate(order.config, order.terms, given.model)
     start = start_digest(given)
     data = _prepared(order, order.groups, given, config)
@@ -195,6 +199,7 @@ def _train(policy: Any, order: _Order, folder: RunDir) -> Model:
         "policy": {"name": given.name, "path": str(given.path) if given.path else None},
         "data": data.about,
         "eval_data": held_out.about if held_out.items else None,
+        "processes": ranks.size,
     }
     state = folder.open(identity, about)
     if state == "done":
@@ -202,10 +207,24 @@ def _train(policy: Any, order: _Order, folder: RunDir) -> Model:
             order.progress("train", 1, 1, f"{folder.path} holds this run, finished; nothing was trained")
         return _load(folder.model, reward)
     trained = _trained(given, reward, owned, config)
-    live = _live_reference(order, reference, given, trained, owned)
-    fit(_run(order, config, data, held_out, trained, live, folder))
+    live = _live_reference(order, reference, given, trained, lent=not owned and ranks.alone)
+    bones = None if ranks.alone else _spread(trained, live, ranks)
+    run = _run(order, config, data, held_out, trained, live, folder, ranks)
+    run.bones = bones
+    fit(run)
+    if bones is not None:
+        return _load(folder.model, reward)
     trained.name, trained.path = folder.path.name, str(folder.model)
     return trained
+
+
+def _spread(trained: Model, reference: Reference, ranks: Ranks) -> Any:
+    """Spread the models of a run over the processes; returns the first one's skeleton, for the end."""
+    bones, over = skeleton(trained.model), mesh(ranks)
+    shard(trained.model, over)
+    if reference.model is not None and reference.model is not trained.model:
+        shard(reference.model, over)
+    return bones
 
 
 def _run(
@@ -216,6 +235,7 @@ def _run(
     trained: Model,
     reference: Reference,
     folder: RunDir,
+    ranks: Ranks,
 ) -> Run:
     """Put the run together; the log-probs of the reference are computed here, once, for recorded data."""
     names = needed(order.terms)
@@ -238,10 +258,13 @@ def _run(
         temperature=1.0 if order.source is None else order.source.temperature,
         limit=config.max_length or context_of(trained.model),
         device=trained.device,
+        ranks=ranks,
+        precision=str(next(trained.model.parameters()).dtype),
     )
     if order.source is None and names & REFERENCE_NAMES:
         reached = epoch_order(len(data.items), 0, config.seed)[:stream]  # all, unless the run is short
-        provider.fill_reference([*(data.items[i] for i in reached), *held_out.items], order.progress)
+        items = [*(data.items[i] for i in reached), *held_out.items]
+        _fill_reference(provider, items, config, folder, order.progress)
     return Run(
         trained=trained,
         terms=order.terms,
@@ -255,8 +278,26 @@ def _run(
         eval_items=held_out.items,
         source=order.source,
         watch=order.watch,
-        progress=order.progress,
+        progress=order.progress if ranks.writes else None,
     )
+
+
+def _fill_reference(
+    provider: Provider, items: Sequence[Item], config: TrainConfig, folder: RunDir, progress: Progress | None
+) -> None:
+    """Reference log-probs for recorded items: the run's own, for a run that is continued; else those of the
+    shared file; else computed. The run keeps them, so that it goes on with the very same numbers.
+    """
+    own, shared = Kept(folder.path / "reference.db"), cache_path(config.reference_cache)
+    files = [own] if shared is None else [own, Kept(shared)]
+    told = progress if provider.ranks.writes else None
+    counts = provider.fill_reference(items, files, told)
+    trouble = [file.trouble for file in files if file.trouble]
+    folder.write(reference_logps={**counts, "file": str(shared) if shared else None, "trouble": trouble})
+    if told is not None:
+        known = counts["groups"] - counts["computed"]
+        note = f"{known} of {counts['groups']} known" if known else ""
+        told("reference", counts["groups"], counts["groups"], "; ".join([note, *trouble]).strip("; "))
 
 
 def make_optimizer(model: torch.nn.Module, config: TrainConfig) -> torch.optim.AdamW:
@@ -352,23 +393,27 @@ def _reference(order: _Order, given: Model, start: str) -> Reference:
         raise InputError(
             "the reference has another vocabulary than the policy", mend="Use a reference of the same family."
         )
-    return Reference("policy", model.digest(), model.model)
+    lent = model is order.reference and current().alone  # several processes would spread the caller's own
+    held = model if lent or model is not order.reference else model.copy()
+    return Reference("policy", model.digest(), held.model, weights=model.digest())
 
 
 def _live_reference(
-    order: _Order, reference: Reference, given: Model, trained: Model, owned: bool
+    order: _Order, reference: Reference, given: Model, trained: Model, lent: bool
 ) -> Reference:
-    """Give "start" its model: the adapter switched off where that is the same; the caller's own policy; or a
-    copy. For recorded data the model in training serves, as it is asked before the first update only.
+    """Give "start" its model: the adapter switched off where that is the same; the caller's own policy, if it
+    is ``lent``; or a copy. For recorded data the model in training serves, as it is asked before the first update only.
     """
     if reference.kind != "start":
         return reference
     if fresh_adapter(trained.model):
-        return Reference("start", reference.digest, trained.model, adapter_off=True)
+        weights = base_digest(trained.model)
+        return Reference("start", reference.digest, trained.model, adapter_off=True, weights=weights)
+    weights = given.digest()
     if order.source is None and "kl" not in needed(order.terms):
-        return Reference("start", reference.digest, trained.model)
-    model = given.copy().model if owned else given.model
-    return Reference("start", reference.digest, model)
+        return Reference("start", reference.digest, trained.model, weights=weights)
+    model = given.model if lent else given.copy().model
+    return Reference("start", reference.digest, model, weights=weights)
 
 
 def start_digest(given: Model) -> str:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,24 +31,48 @@ class Totals:
             self._sums.setdefault(name, []).append(values.detach().double().sum())
             self._counts[name] = self._counts.get(name, 0) + count
 
+    def state(self) -> dict[str, tuple[float, int]]:
+        """(sum, count) per name, as plain numbers that can be sent to another process."""
+        return {
+            name: (torch.stack(parts).sum().item(), self._counts[name]) for name, parts in self._sums.items()
+        }
+
+    def merge(self, states: Sequence[Mapping[str, tuple[float, int]]]) -> None:
+        """Be the sum of what several processes have, this one's own among them."""
+        self._sums, self._counts = {}, {}
+        for state in states:
+            for name, (total, count) in state.items():
+                self._sums.setdefault(name, []).append(torch.tensor(total, dtype=torch.float64))
+                self._counts[name] = self._counts.get(name, 0) + count
+
     def means(self) -> dict[str, float]:
         """The mean per name over all examples, in the order of first use. One transfer for all of them."""
         if not self._sums:
             return {}
-        sums = torch.stack([torch.stack(parts).sum() for parts in self._sums.values()]).tolist()
+        each = [torch.stack(parts).sum() for parts in self._sums.values()]
+        if len({value.device for value in each}) > 1:  # some came from other processes
+            each = [value.cpu() for value in each]
+        sums = torch.stack(each).tolist()
         return {
             name: total / max(1, self._counts[name]) for (name, total) in zip(self._sums, sums, strict=True)
         }
 
 
 class MetricsFile:
-    """``metrics.jsonl``: appended line by line; cut back to a known length when a run is continued."""
+    """``metrics.jsonl``: appended line by line; cut back to a known length when a run is continued.
 
-    def __init__(self, path: Path, length: int = 0) -> None:
+    Of several processes the first alone ``writes``; the files of the others swallow what they are given.
+    """
+
+    def __init__(self, path: Path, length: int = 0, *, writes: bool = True) -> None:
         """Open ``path`` and drop everything behind byte ``length`` (lines that no checkpoint covers)."""
+        if not writes:
+            path, length = Path(os.devnull), 0
         self._file = open(path, "ab")  # noqa: SIM115  (closed by close)
-        self._file.truncate(length)
-        self._file.seek(length)
+        if writes:
+            self._file.truncate(length)
+            self._file.seek(length)
+        self._writes = writes
 
     def write(self, step: int, values: Mapping[str, Any]) -> None:
         """Write one line. Values that are not finite are written as null: JSON has no NaN."""
@@ -59,7 +83,8 @@ class MetricsFile:
     def sync(self) -> int:
         """Force what was written to disk; returns the length of the file in bytes."""
         self._file.flush()
-        os.fsync(self._file.fileno())
+        if self._writes:
+            os.fsync(self._file.fileno())
         return self._file.tell()
 
     def close(self) -> None:

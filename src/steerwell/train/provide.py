@@ -4,8 +4,8 @@ log-probs of the reference, the targets of the items, and KTO's estimate over mi
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -13,33 +13,23 @@ import torch
 from torch import Tensor
 
 from steerwell.data.errors import InputError
-from steerwell.models.batch import build, pack
+from steerwell.models.batch import Layout, build, layout_for, pack
 from steerwell.models.forward import Pooling, per_token_logps, reward_scores, sum_by_owner
 from steerwell.models.render import Sequence as TokenSequence
 from steerwell.models.render import TokenizedGroup
 from steerwell.train.items import Item, gather, scored_tokens
-
-REFERENCE_NAMES = frozenset({"ref_logps", "ref_per_token_logps"})
+from steerwell.train.ranks import ALONE, Ranks
+from steerwell.train.reference import REFERENCE_NAMES, Kept, Reference, group_key, reference_key
 
 
 @dataclass(frozen=True)
-class Reference:
-    """The frozen model that log-ratios are taken against. With ``adapter_off`` it is the model in training
-    with its adapter switched off; else ``model`` is one of its own. ``kind`` and ``digest`` go into
-    ``run.json``.
+class MicroBatch:
+    """Items that go through the model together. One that is not ``live`` keeps this process in step with others
+    that have more to do: its results count nothing.
     """
 
-    kind: str  # start | policy | none
-    digest: str = ""
-    model: Any = None
-    adapter_off: bool = False
-
-    @contextmanager
-    def active(self) -> Iterator[Any]:
-        """The model, without gradient, while it is used as the reference."""
-        off = self.model.disable_adapter() if self.adapter_off else nullcontext()
-        with torch.no_grad(), off:
-            yield self.model
+    items: list[Item]
+    live: bool = True
 
 
 @dataclass(frozen=True)
@@ -55,11 +45,21 @@ class Provider:
     device: torch.device
     temperature: float = 1.0
     limit: int | None = None  # most tokens of prompt and completion together
+    ranks: Ranks = ALONE
+    precision: str = ""  # what log-probs are computed in; part of what they are filed under
 
-    def micro_batches(self, items: Sequence[Item]) -> list[list[Item]]:
-        """Items cut under the token budget, whole groups, an over-long one alone."""
-        packed = pack([item.tokens for item in items], self.max_tokens, self.layout)
-        return [[items[i] for i in members] for members in packed]
+    def micro_batches(self, items: Sequence[Item]) -> list[MicroBatch]:
+        """This process's share of the items, cut under the token budget: whole groups, an over-long one alone.
+
+        Every process gets equally many.
+        """
+        mine = [items[i] for i in self.ranks.share([item.size for item in items])]
+        packed = pack([item.tokens for item in mine], self.max_tokens, self._layout())
+        found = [MicroBatch([mine[i] for i in members]) for members in packed]
+        if not self.ranks.alone and items:
+            idle = MicroBatch([min(items, key=lambda item: item.size)], live=False)
+            found += [idle] * (max(self.ranks.gather(len(found))) - len(found))
+        return found
 
     def targets(self, items: Sequence[Item]) -> dict[str, Tensor]:
         """What the items hold, as tensors; enough to count denominators before any forward pass."""
@@ -84,22 +84,41 @@ class Provider:
             out["ref_logps"] = sum_by_owner(ref, batch.owner, batch.n)
         return out
 
-    def fill_reference(self, items: Sequence[Item], progress: Any = None) -> None:
-        """Compute the reference log-probs of recorded items once and keep them with the items."""
-        done = 0
+    def fill_reference(
+        self, items: Sequence[Item], files: Sequence[Kept] = (), progress: Any = None
+    ) -> dict[str, int]:
+        """Give recorded items the log-probs of the reference: from the first of ``files`` that knows them, else
+        computed, each group once; then all files know them. Returns how many groups were found and computed.
+        """
+        keys = [group_key(item.tokens) for item in items]
+        of = dict(zip(keys, items, strict=True))
+        filed = reference_key(self.reference.weights, self.temperature, self.precision)
+        known = self.ranks.first(lambda: _look_up(files, filed, of))
+        todo = [key for key in of if key not in known]
+        for part in self.ranks.gather(self._reference_logps([of[key] for key in todo], progress)):
+            known |= part
+        if self.ranks.writes:
+            for file in files:
+                file.put(filed, known)
+        for key, item in zip(keys, items, strict=True):
+            item.ref_logps = [math.fsum(part) for part in _cut(known[key], item.lengths)]
+            item.ref_per_token_logps = known[key] if "ref_per_token_logps" in self.names else []
+        return {"groups": len(of), "computed": len(todo)}
+
+    def _reference_logps(self, items: Sequence[Item], progress: Any) -> dict[bytes, list[float]]:
+        """By group, the reference's log-probs of the scored tokens of this process's share of ``items``."""
+        found: dict[bytes, list[float]] = {}
         with self.reference.active() as model:
-            for members in self.micro_batches(items):
-                batch = self._build(members)
-                ref = per_token_logps(model, batch, temperature=self.temperature)
-                sums = iter(sum_by_owner(ref, batch.owner, batch.n).tolist())
-                tokens = ref.tolist() if "ref_per_token_logps" in self.names else []
-                for item in members:
-                    item.ref_logps = [next(sums) for _ in item.lengths]
-                    count = sum(item.lengths)
-                    item.ref_per_token_logps, tokens = tokens[:count], tokens[count:]
-                done += len(members)
-                if progress is not None:
-                    progress("reference", done, len(items), "")
+            for part in self.micro_batches(items):
+                logps = per_token_logps(model, self._build(part.items), temperature=self.temperature).tolist()
+                if part.live:
+                    for item, own in zip(
+                        part.items, _cut(logps, [sum(i.lengths) for i in part.items]), strict=True
+                    ):
+                        found[group_key(item.tokens)] = own
+                    if progress is not None:
+                        progress("reference", min(len(items), len(found) * self.ranks.size), len(items), "")
+        return found
 
     def mismatched_kl(self, items: Sequence[Item]) -> Tensor:
         """KTO's reference point (arXiv:2402.01306, section 4.1): the mean log-ratio of completions under the
@@ -110,18 +129,42 @@ class Provider:
         """
         moved = _mismatch(items, self.limit)
         total = torch.zeros((), dtype=torch.float64, device=self.device)
-        for members in self.micro_batches(moved):
-            batch = self._build(members)
+        for part in self.micro_batches(moved):
+            batch = self._build(part.items)
             with torch.no_grad():
                 mine = per_token_logps(self.model, batch, temperature=self.temperature)
             with self.reference.active() as model:
                 ref = per_token_logps(model, batch, temperature=self.temperature)
-            total += (mine - ref).double().sum()
+            if part.live:
+                total += (mine - ref).double().sum()
+        if not self.ranks.alone:
+            total = torch.tensor(sum(self.ranks.gather(total.item())), device=self.device)
         count = sum(len(item.lengths) for item in moved)
         return (total / max(1, count)).clamp(min=0).float()
 
     def _build(self, items: Sequence[Item]) -> Any:
-        return build([item.tokens for item in items], self.layout).to(self.device)
+        return build([item.tokens for item in items], self._layout()).to(self.device)
+
+    def _layout(self) -> Layout:
+        """The layout that the model in training and the reference can both take."""
+        reference = self.reference.model
+        return layout_for(self.layout, self.model, *(() if reference is None else (reference,)))
+
+
+def _look_up(files: Sequence[Kept], reference: str, items: Mapping[bytes, Item]) -> dict[bytes, list[float]]:
+    """What the files know; a value of another length than the group's scored tokens is not believed."""
+    found: dict[bytes, list[float]] = {}
+    for file in files:
+        found |= file.get(reference, [key for key in items if key not in found])
+    return {key: values for key, values in found.items() if len(values) == sum(items[key].lengths)}
+
+
+def _cut(values: list[float], lengths: Sequence[int]) -> Iterator[list[float]]:
+    """A list cut into consecutive parts."""
+    start = 0
+    for length in lengths:
+        yield values[start : start + length]
+        start += length
 
 
 def _mismatch(items: Sequence[Item], limit: int | None) -> list[Item]:
@@ -161,4 +204,4 @@ def check_mismatch(items: Sequence[Item], batch_size: int) -> None:
         )
 
 
-__all__ = ["REFERENCE_NAMES", "Provider", "Reference", "check_mismatch"]
+__all__ = ["MicroBatch", "Provider", "check_mismatch"]

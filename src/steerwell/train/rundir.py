@@ -18,6 +18,7 @@ from typing import Any
 
 from steerwell.data.errors import InputError
 from steerwell.data.messages import digest
+from steerwell.train.ranks import ALONE, Ranks
 
 RUN_FORMAT = "steerwell-run-1"
 PACKAGES = ("steerwell", "torch", "transformers", "tokenizers", "peft", "safetensors", "numpy")
@@ -28,12 +29,16 @@ class TrainingError(RuntimeError):
 
 
 class RunDir:
-    """One run's folder. ``identity`` is all that decides the numbers of the run, as a flat table."""
+    """One run's folder. ``identity`` is all that decides the numbers of the run, as a flat table.
 
-    def __init__(self, out: str | Path) -> None:
+    Of several processes the first alone writes; the others know the paths and the record.
+    """
+
+    def __init__(self, out: str | Path, ranks: Ranks = ALONE) -> None:
         """Make the folder and see that it can be written; raises :class:`InputError` if it can't or is
         alien.
         """
+        self.ranks = ranks
         self.path = Path(out)
         self.metrics = self.path / "metrics.jsonl"
         self.checkpoints = self.path / "checkpoints"
@@ -41,6 +46,11 @@ class RunDir:
         self._lock: int | None = None
         self._made: list[Path] = []
         self._started = (time.monotonic(), time.process_time())
+        self.record: dict[str, Any] = ranks.first(self._take) or {}
+        self._before = (self.record.get("wall_seconds", 0.0), self.record.get("cpu_seconds", 0.0))
+
+    def _take(self) -> dict[str, Any]:
+        """Make the folder; what its ``run.json`` says."""
         if self.path.exists() and not self.path.is_dir():
             raise InputError("out is a file", file=self.path, mend="Give a folder.")
         try:
@@ -54,12 +64,12 @@ class RunDir:
             raise InputError(
                 f"out cannot be written ({error.strerror})", file=self.path, mend="Give another folder."
             ) from None
-        self.record: dict[str, Any] = self._read()
-        if not self.record and any(not file.name.startswith(".") for file in self.path.iterdir()):
+        record = self._read()
+        if not record and any(not file.name.startswith(".") for file in self.path.iterdir()):
             raise InputError(
                 "out is not empty and holds no run", file=self.path, mend="Give a new or an empty folder."
             )
-        self._before = (self.record.get("wall_seconds", 0.0), self.record.get("cpu_seconds", 0.0))
+        return record
 
     def open(self, identity: Mapping[str, Any], about: Mapping[str, Any]) -> str:
         """Take the folder for this run. Returns "new", "resume" or "done".
@@ -67,6 +77,9 @@ class RunDir:
         Raises :class:`InputError`, naming the settings that differ, when the folder holds another run, and
         when another process is writing to it.
         """
+        return self.ranks.first(lambda: self._open(identity, about))
+
+    def _open(self, identity: Mapping[str, Any], about: Mapping[str, Any]) -> str:
         self._take_lock()
         flat = flatten(identity)
         if self.record:
@@ -101,6 +114,8 @@ class RunDir:
 
     def write(self, **changes: Any) -> None:
         """Change ``run.json`` (written aside and renamed). Seconds add up over interrupted sittings."""
+        if not self.ranks.writes:
+            return
         wall, cpu = self._before
         self.record.update(changes)
         self.record["wall_seconds"] = round(wall + time.monotonic() - self._started[0], 3)

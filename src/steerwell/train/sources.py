@@ -18,6 +18,7 @@ from steerwell.data.errors import InputError
 from steerwell.data.messages import Message, as_messages, digest
 from steerwell.data.types import Annotation, CompletionGroup, Prompt
 from steerwell.models.load import Policy
+from steerwell.train.ranks import current
 
 Judge = Callable[[Sequence[CompletionGroup]], Sequence[Annotation]]
 
@@ -70,11 +71,19 @@ class Rollouts:
         """Sample ``n`` completions for each prompt of this step, have them judged, put the scores in.
 
         A completion for which the judge has no verdict has the score None: it takes no part in the update.
+        Of several processes each samples and judges its share of the prompts.
         """
         rollout = step // self.updates
         chosen = [self.prompts[i] for i in shuffled(len(self.prompts), rollout, self.prompts_per_step, seed)]
+        ranks = current()
+        unique = list(
+            {prompt.id: prompt for prompt in chosen}.values()
+        )  # equal ones count their samples together
+        shared = ranks.share([sum(len(message.content) for message in prompt.messages) for prompt in unique])
+        ids = {unique[i].id for i in shared}
+        mine = [i for i, prompt in enumerate(chosen) if prompt.id in ids]
         groups = policy.sample(
-            chosen,
+            [chosen[i] for i in mine],
             self.n,
             max_new_tokens=self.max_new_tokens,
             temperature=self.temperature,
@@ -82,7 +91,9 @@ class Rollouts:
             batch_size=self.batch_size,
         )
         groups = [_at_step(group, rollout) for group in groups]
-        return with_scores(groups, self.judge(groups))
+        scored = ranks.together(lambda: with_scores(groups, self.judge(groups) if groups else []))
+        found = {i: group for part in ranks.gather(list(zip(mine, scored, strict=True))) for i, group in part}
+        return [found[i] for i in range(len(chosen))]
 
     def identity(self) -> dict[str, Any]:
         """The prompts (by digest), the judge's name and the sampling settings."""

@@ -15,7 +15,7 @@ from torch import Tensor
 from steerwell.data.errors import InputError
 from steerwell.objectives.policy_gradient import k3
 from steerwell.objectives.reduce import denominator, reduce
-from steerwell.train.items import Item
+from steerwell.train.items import Item, gather
 from steerwell.train.metrics import Totals
 from steerwell.train.provide import Provider
 from steerwell.train.terms import Term
@@ -42,38 +42,62 @@ def run_items(
     micro-batch, detached from nothing: it must not keep them.
     """
     micro = provider.micro_batches(items)
-    if len(micro) > 1:
-        for term in terms:
-            if not term.decomposable and "kl" not in term.tensors:
-                raise InputError(
-                    f"{term.name} looks at all completions of a step at once, and they do not fit max_tokens",
-                    mend="Raise max_tokens, or lower batch_size.",
-                )
-    targets = [provider.targets(members) for members in micro]
-    whole = {
-        term.name: sum(denominator(term.reduction, t, mask=term.mask) for t in targets) for term in terms
-    }
+    _refuse_cut(terms, provider, len(micro))
+    # Over all of the step: the denominators are those of all processes together.
+    masks = {term.mask for term in terms if term.mask}
+    counted = gather(items, {"pairs", *masks} & provider.names, torch.device("cpu"))
+    whole = {term.name: denominator(term.reduction, counted, mask=term.mask) for term in terms}
     kl = provider.mismatched_kl(items) if "kl" in provider.names else None
     totals = Totals()
     zero = torch.zeros((), dtype=torch.float64, device=provider.device)
     loss, parts = zero, {term.name: zero for term in terms}
-    for members, own in zip(micro, targets, strict=True):
+    for part in micro:
         with torch.set_grad_enabled(backward):
-            tensors = provider.tensors(members, own)
+            tensors = provider.tensors(part.items, provider.targets(part.items))
             if kl is not None:
                 tensors["kl"] = kl
-            own_parts = _objectives(terms, tensors, whole, totals)
-            part = sum((term.weight * own_parts[term.name] for term in terms), start=zero)
-        if observe is not None:
+            own = _objectives(terms, tensors, whole, totals if part.live else Totals())
+            value = sum((term.weight * own[term.name] for term in terms), start=zero)
+        if not part.live:
+            value, own = value * 0.0, {}
+        elif observe is not None:
             observe(tensors)
-        if backward and part.requires_grad:
-            part.backward()
-        loss = loss + part.detach()
-        parts = {name: value + own_parts[name].detach() for name, value in parts.items()}
+        if backward and value.requires_grad:
+            (value * provider.ranks.size).backward()  # gradients come together as a mean over processes
+        loss = loss + value.detach()
+        parts = {name: so_far + own[name].detach() if own else so_far for name, so_far in parts.items()}
+    if not provider.ranks.alone:
+        loss, *rest = _summed(provider, [loss, *parts.values()])
+        parts = dict(zip(parts, rest, strict=True))
+        totals.merge(provider.ranks.gather(totals.state()))
     if len(terms) > 1:
         for name, value in parts.items():
             totals.add(f"loss/{name}", value)
     return Outcome(loss, parts, totals)
+
+
+def _refuse_cut(terms: Sequence[Term], provider: Provider, cuts: int) -> None:
+    """Refuse to show an objective that looks at a whole step only a part of it."""
+    for term in terms:
+        if term.decomposable or "kl" in term.tensors:
+            continue
+        if not provider.ranks.alone:
+            raise InputError(
+                f"{term.name} looks at all completions of a step at once, and {provider.ranks.size} processes "
+                "would see a part each",
+                mend="Run it in one process.",
+            )
+        if cuts > 1:
+            raise InputError(
+                f"{term.name} looks at all completions of a step at once, and they do not fit max_tokens",
+                mend="Raise max_tokens, or lower batch_size.",
+            )
+
+
+def _summed(provider: Provider, values: Sequence[Tensor]) -> list[Tensor]:
+    """Numbers summed over processes, in the order of ranks."""
+    rows = provider.ranks.gather([value.item() for value in values])
+    return list(torch.tensor(rows, dtype=torch.float64, device=provider.device).sum(0))
 
 
 def _objectives(

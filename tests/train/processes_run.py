@@ -1,0 +1,52 @@
+"""Runs for :mod:`test_processes`: ``python processes_run.py FOLDER/KIND[:STOP]…``, alone or under ``torchrun``."""
+
+from __future__ import annotations
+
+import sys
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+from small_runs import LengthJudge, pair_groups, tiny_policy
+
+from steerwell.train import rollouts, train
+
+SETTINGS: dict[str, Any] = {
+    "learning_rate": 3e-3,
+    "steps": 6,
+    "checkpoint_every": 2,
+    "reference_cache": "off",
+}
+
+
+class Stopped(Exception):
+    """Stands for anything that ends a run from inside, in all of its processes."""
+
+
+def run(kind: str, out: Path, stop_at: int | None = None, progress: Any = None) -> Any:
+    """Six steps of one kind of training; ``stop_at`` makes the run fail after that step."""
+
+    def watch(step: int, model: Any, figures: Any) -> None:
+        if step == stop_at:
+            raise Stopped
+
+    settings: dict[str, Any] = {**SETTINGS, "watch": watch, "watch_every": 1, "progress": progress}
+    if kind == "grpo":
+        prompts = [f"go {i}" for i in range(5)]
+        source = rollouts(prompts, LengthJudge(), n=4, prompts_per_step=3, max_new_tokens=5, updates=2)
+        return train(tiny_policy(), source, "grpo", out=out, **settings)
+    data = pair_groups(10)
+    objective: Any = [("dpo", 1.0), ("sft", 0.1)] if kind == "mixture" else kind
+    return train(
+        tiny_policy(), data, objective, out=out, eval_data=data[:3], eval_every=2, batch_size=5,
+        max_tokens=120, **settings,
+    )  # fmt: skip
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    for asked in sys.argv[1:]:
+        place, _, stop = asked.partition(":")
+        with suppress(Stopped):
+            run(Path(place).name, Path(place), int(stop) if stop else None)
