@@ -63,7 +63,7 @@ def test_plan_equals_a_full_mask(monkeypatch, cost: int, window: int | None, hea
         1, 2
     )
     plan = TreePlan(NODES)
-    assert (len(plan.calls) == 5) is (cost == 0)
+    assert (len(plan.padded.calls) == 5) is (cost == 0)
     out, weights = steerwell_attention(
         torch.nn.Module(), query, key, value, plan=plan, scaling=0.3, sliding_window=window
     )
@@ -115,9 +115,9 @@ def test_a_plan_is_needed_and_must_fit() -> None:
 
 def test_large_nodes_are_alone_and_small_ones_together() -> None:
     small = [Node(10 * i, 10, 0) for i in range(30)]
-    assert len(TreePlan(small).calls) == 1
+    assert len(TreePlan(small).padded.calls) == 1
     large = [Node(400 * i, 400, 0) for i in range(3)] + [Node(1200, 20, 0), Node(1220, 21, 0)]
-    calls = TreePlan(large).calls
+    calls = TreePlan(large).padded.calls
     assert sorted(len(call.starts) for call in calls) == [1, 1, 1, 2] or len(calls) == 2
     assert all(
         call.mask(None, torch.float32) is None for call in calls if call.pieces
@@ -130,10 +130,10 @@ def test_masks_are_made_once_for_all_layers() -> None:
     use_steerwell_attention(model)
     batch = tree([token_group([10, 11], [[12, 13], [14, 15, 16]])])
     hidden_states(model, batch)
-    assert [len(call.masks) for call in batch.plan.calls] == [1] * len(batch.plan.calls)
+    assert [len(call.masks) for call in batch.plan.padded.calls] == [1] * len(batch.plan.padded.calls)
     moved = plan.to("meta")
     assert moved.n_tokens == 20
-    assert all(call.starts.device.type == "meta" for call in moved.calls)
+    assert all(call.starts.device.type == "meta" for call in moved.padded.calls)
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -19,10 +19,10 @@ from transformers import (
 )
 
 from steerwell.data.errors import InputError
-from steerwell.models import forward, head, tree_plan
+from steerwell.models import forward, tree_plan
 from steerwell.models.attention import Node, TreePlan, use_steerwell_attention
 from steerwell.models.batch import build, rows, tree
-from steerwell.models.forward import Head, per_token_logps, reward_scores, sum_by_owner, token_logps
+from steerwell.models.forward import per_token_logps, reward_scores, sum_by_owner
 from tiny import random_groups, tiny_llama, tiny_qwen3, token_group
 
 MAKERS = {"llama": tiny_llama, "qwen3": tiny_qwen3}
@@ -100,7 +100,7 @@ def long_groups():
 @pytest.mark.parametrize("name", MAKERS)
 def test_long_nodes(name: str) -> None:
     model, groups = MAKERS[name](), long_groups()
-    assert len(tree(groups).plan.calls) > 1
+    assert len(tree(groups).plan.padded.calls) > 1
     expected = reference(model, groups)
     assert agrees(model, tree(groups), *expected)
     assert agrees(model, rows(groups), *expected)
@@ -127,7 +127,7 @@ def broken(how: str):
     elif how == "the wrong token predicts":
         batch.src[-1] -= 1
     elif how == "the future is seen":
-        for call in batch.plan.calls:
+        for call in batch.plan.padded.calls:
             keys = torch.arange(call.n_keys)
             seen = (keys < call.sizes[:, None])[:, None, None].expand(-1, 1, call.n_queries, -1)
             mask = torch.zeros(seen.shape).masked_fill(~seen, -torch.inf)
@@ -240,101 +240,14 @@ def test_reward_scores_equal_one_at_a_time(config) -> None:
         reward_scores(model, build(groups), "first")  # type: ignore[arg-type]
 
 
-def plain(hidden: Tensor, head: Head, target: Tensor, temperature: float) -> Tensor:
-    logits = hidden @ head.weight.t()
-    if head.bias is not None:
-        logits = logits + head.bias
-    logits = logits * head.scale
-    if head.softcap is not None:
-        logits = head.softcap * torch.tanh(logits / head.softcap)
-    return (logits / temperature).log_softmax(-1).gather(1, target[:, None])[:, 0]
-
-
-@pytest.mark.parametrize("chunk", [1, 3, 7, 50])
-@pytest.mark.parametrize(
-    ("scale", "softcap", "biased"), [(1.0, None, False), (0.3, None, True), (1.7, 2.0, True)]
-)
-@pytest.mark.parametrize("temperature", [1.0, 0.6])
-def test_chunked_head_equals_log_softmax(
-    chunk: int, scale: float, softcap: float | None, biased: bool, temperature: float
-) -> None:
-    torch.manual_seed(0)
-    hidden, weight = torch.randn(11, 8), torch.randn(23, 8)
-    bias = torch.randn(23) if biased else None
-    target, upstream = torch.randint(0, 23, (11,)), torch.randn(11)
-    leaves = [x.requires_grad_() for x in (hidden, weight, bias) if x is not None]
-    head = Head(weight, bias, scale, softcap)
-    expected = plain(hidden, head, target, temperature)
-    expected_grads = torch.autograd.grad(expected, leaves, upstream)
-    values = token_logps(hidden, head, target, temperature=temperature, chunk=chunk)
-    torch.testing.assert_close(values, expected, rtol=1e-5, atol=1e-5)
-    for a, b in zip(torch.autograd.grad(values, leaves, upstream), expected_grads, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
-
-
-@pytest.mark.parametrize("frozen", ["hidden", "weight"])
-@pytest.mark.parametrize("softcap", [None, 1.5])
-def test_chunked_head_gradcheck(frozen: str, softcap: float | None) -> None:
-    torch.manual_seed(1)
-    hidden, weight = torch.randn(5, 4, dtype=torch.float64), torch.randn(6, 4, dtype=torch.float64)
-    target = torch.randint(0, 6, (5,))
-    (weight if frozen == "hidden" else hidden).requires_grad_()
-    for chunk in (2, 9):
-        assert torch.autograd.gradcheck(
-            lambda h, w, c=chunk: token_logps(h, Head(w, None, 0.7, softcap), target, chunk=c),
-            (hidden, weight),
-        )
-
-
-def test_no_more_logits_than_a_chunk(monkeypatch: pytest.MonkeyPatch) -> None:
-    made: list[tuple[int, ...]] = []
-    real = head._logits
-
-    def spy(*args):
-        made.append(tuple(real(*args).shape))
-        return real(*args)
-
-    monkeypatch.setattr(head, "_logits", spy)
-    model, groups = tiny_qwen3(), random_groups(2)
-    use_steerwell_attention(model)
-    batch = tree(groups)
-    s = len(batch.target)
-    assert s > 20
-    per_token_logps(model, batch, chunk=7).sum().backward()
-    assert max(shape[0] for shape in made) == 7
-    assert sum(shape[0] for shape in made) == 2 * s  # once forward, once backward
-    made.clear()
-    per_token_logps(model, batch, chunk=s).sum().backward()
-    assert made == [(s, 272)]  # fits: nothing is computed twice
-    made.clear()
-    monkeypatch.setattr(head, "CHUNK_CPU", 16 * 272)
-    per_token_logps(model, batch)
-    assert max(shape[0] for shape in made) == 16
-
-
-def test_bf16_weights_with_an_fp32_log_sum_exp() -> None:
-    torch.manual_seed(0)
-    hidden = torch.randn(40, 16).bfloat16().requires_grad_()
-    weight = torch.randn(5000, 16).bfloat16().requires_grad_()
-    target = torch.randint(0, 5000, (40,))
-    expected = (hidden @ weight.t()).float().log_softmax(-1).gather(1, target[:, None])[:, 0]
-    exact = torch.autograd.grad(expected.sum(), (hidden, weight))
-    for chunk in (9, 100):
-        values = token_logps(hidden, Head(weight), target, chunk=chunk)
-        assert values.dtype == torch.float32
-        torch.testing.assert_close(values, expected, rtol=1e-6, atol=1e-5)
-        for a, b in zip(torch.autograd.grad(values.sum(), (hidden, weight)), exact, strict=True):
-            assert a.dtype == torch.bfloat16
-            assert (a - b).float().norm() < 0.02 * b.float().norm()
-
-
 def test_log_probs_at_a_temperature_and_sums() -> None:
     model, groups = tiny_llama(), random_groups(8)
     use_steerwell_attention(model)
     batch = tree(groups)
     values = per_token_logps(model, batch, temperature=0.5)
     hidden = forward.hidden_states(model, batch)[batch.src]
-    expected = plain(hidden, forward.head(model), batch.target, 0.5)
+    logits = hidden @ model.lm_head.weight.t() / 0.5
+    expected = logits.log_softmax(-1).gather(1, batch.target[:, None])[:, 0]
     torch.testing.assert_close(values, expected, rtol=1e-5, atol=1e-5)
     sums = sum_by_owner(values, batch.owner, batch.n)
     assert sums.shape == (batch.n,)
@@ -351,9 +264,3 @@ def test_unscored_tokens_are_read_and_not_scored() -> None:
     batch = tree([group])
     torch.testing.assert_close(per_token_logps(model, batch), whole[[0, 3, 4]])
     assert batch.lengths.tolist() == [3.0]
-
-
-def test_a_model_without_a_language_model_head() -> None:
-    model = AutoModelForSequenceClassification.from_config(LlamaConfig(**ONE_LABEL))
-    with pytest.raises(InputError, match="head"):
-        forward.head(model)

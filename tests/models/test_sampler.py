@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from architectures import make
 from scipy.stats import chisquare
 from torch import nn
 from transformers import (
@@ -25,7 +26,7 @@ from transformers import (
 from steerwell.data.errors import InputError
 from steerwell.data.messages import Message
 from steerwell.data.types import Prompt
-from steerwell.models import sampler
+from steerwell.models import sampler, stateful
 from steerwell.models.kv_cache import CachePlan
 from steerwell.models.load import Policy
 from steerwell.models.render import tokenize_groups
@@ -303,6 +304,61 @@ class CountingModel(nn.Module):
     def forward(self, **inputs):
         self.seen.append(tuple(inputs["input_ids"].shape))
         return self.inner(**inputs)
+
+
+# What each is read with: its own cache, or (its cache is inexact, or not where others have it) whole sequences.
+IN_STEP = {
+    "qwen3_5_text": stateful._Cached,
+    "falcon_h1": stateful._Cached,
+    "lfm2": stateful._Cached,
+    "mamba2": stateful._Whole,
+    "bamba": stateful._Whole,
+}
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", IN_STEP)
+def test_models_with_a_state_are_sampled_in_step(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """Prompts of several lengths, more rows than a batch, rows that end early; the same samples in any order."""
+    model = make(name, vocab_size=VOCAB)
+    used = []
+    monkeypatch.setattr(IN_STEP[name], "choose", recorded(IN_STEP[name].choose, used))
+    prompts = [
+        [131],
+        *make_prompts(5, seed=6, shortest=2, longest=9),
+        *make_prompts(2, seed=7, shortest=5, longest=5),
+    ]
+    drawn = generate(model, prompts, 3, stop=STOPS, max_new_tokens=9, temperature=0.8, batch_size=4)
+    assert used
+    for prompt, samples in zip(prompts, drawn, strict=True):
+        for one in samples:
+            assert one.finished == (one.token_ids[-1] in STOPS)
+            assert one.logps == pytest.approx(reference_logps(model, prompt, one, 0.8), abs=1e-5)
+    lengths = {len(one.token_ids) for samples in drawn for one in samples}
+    assert len(lengths) > 2
+    again = generate(model, prompts[::-1], 3, stop=STOPS, max_new_tokens=9, temperature=0.8, batch_size=100)
+    assert tokens_of(again)[::-1] == tokens_of(drawn)
+    assert model.config._attn_implementation != "steerwell"
+
+
+def recorded(real, used: list):
+    def choose(self, index):
+        used.append(len(index))
+        return real(self, index)
+
+    return choose
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_draws_in_step_follow_the_same_rule(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A model that takes either way gives the same samples by both."""
+    model, prompts = tiny_llama(), make_prompts(6, seed=2)
+    packed = generate(model, prompts, 3, stop=STOPS, max_new_tokens=10, seed=4)
+    monkeypatch.setattr(sampler, "takes_tree", lambda model: False)
+    for exact in (True, False):
+        monkeypatch.setattr(stateful, "_cache_is_exact", lambda model, exact=exact: exact)
+        in_step = generate(model, prompts, 3, stop=STOPS, max_new_tokens=10, seed=4, batch_size=5)
+        assert tokens_of(in_step) == tokens_of(packed)
 
 
 def test_each_prompt_is_read_once_and_finished_rows_leave() -> None:

@@ -136,6 +136,8 @@ def use_steerwell_attention(model: PreTrainedModel) -> None:
         model.set_attn_implementation(NAME)
     except (ValueError, AttributeError) as error:
         raise refusal(model, f"does not take a registered attention function ({error})") from error
+    if model.config._attn_implementation != NAME:  # transformers only warns
+        raise refusal(model, "does not take a registered attention function")
 
 
 def refuse_other_ways(model: PreTrainedModel) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -16,6 +17,9 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from steerwell.models import varlen
+from steerwell.models.varlen import VarlenIndex
 
 # What one more attention call costs, counted in scores (query × key) that could be computed meanwhile.
 CALL_COST = 4096
@@ -75,23 +79,67 @@ class TreePlan:
     """Attention over packed trees of T tokens; rows are trees without branches.
 
     Made once per batch from its nodes, which must cover the T tokens in flat order, parents before children.
+    On CUDA in half precision one variable-length call does it all (:mod:`~steerwell.models.varlen`).
+    """
+
+    def __init__(self, nodes: Sequence[Node], device: torch.device | str = "cpu") -> None:
+        self.nodes, self.device = list(nodes), torch.device(device)
+        self.n_tokens = sum(node.length for node in nodes)
+
+    def to(self, device: torch.device | str) -> TreePlan:
+        """The same plan with its index tensors on ``device``."""
+        return TreePlan(self.nodes, device)
+
+    @cached_property
+    def varlen(self) -> VarlenIndex:
+        """What one variable-length call needs to know."""
+        return VarlenIndex.of(self.nodes, self.device)
+
+    @cached_property
+    def padded(self) -> _PaddedCalls:
+        """The same as padded calls."""
+        return _PaddedCalls(self.nodes, self.device)
+
+    def attend(
+        self,
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        *,
+        scaling: float | None,
+        sliding_window: int | None = None,
+        softcap: float | None = None,
+        sinks: Tensor | None = None,
+        dropout: float = 0.0,
+    ) -> Tensor:
+        """Query (1, H, T, D), key (1, Hkv, T, D), value (1, Hkv, T, Dv) -> (1, T, H, Dv)."""
+        if query.shape[0] != 1 or query.shape[2] != self.n_tokens or key.shape[2] != self.n_tokens:
+            raise RuntimeError(
+                f"the plan is for one row of {self.n_tokens} tokens, the model gave queries "
+                f"{tuple(query.shape)} and keys {tuple(key.shape)}"
+            )
+        q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # (T, heads, D)
+        if varlen.takes(q, k, v, softcap, sinks, dropout):
+            return varlen.attend(self.varlen, q, k, v, scaling, sliding_window)[None]
+        return self.padded.attend(q, k, v, scaling, sliding_window, softcap, sinks, dropout)[None]
+
+
+class _PaddedCalls:
+    """Attention in padded calls, for a CPU and for what the variable-length kernel does not take.
+
     Masks are made on first use and shared by all layers.
     """
 
-    def __init__(self, nodes: Sequence[Node]) -> None:
+    def __init__(self, nodes: Sequence[Node], device: torch.device) -> None:
         self.n_tokens = sum(node.length for node in nodes)
         self.calls: list[_Call] = []
         self.sizes: list[int] = []  # how to split T for the calls of one node each
         self.inverse: Tensor | None = None  # where each token's output lies after all calls
         self._make_calls(nodes)
-
-    def to(self, device: torch.device | str) -> TreePlan:
-        """The same plan with its index tensors on ``device``."""
-        plan = object.__new__(TreePlan)
-        plan.n_tokens, plan.sizes = self.n_tokens, self.sizes
-        plan.calls = [call.to(device) for call in self.calls]
-        plan.inverse = None if self.inverse is None else self.inverse.to(device)
-        return plan
+        if device.type != "cpu":
+            self.calls = [call.to(device) for call in self.calls]
+            self.inverse = None if self.inverse is None else self.inverse.to(device)
 
     def _make_calls(self, nodes: Sequence[Node]) -> None:
         buckets = _buckets([(node.length, node.start + node.length) for node in nodes])
@@ -117,24 +165,16 @@ class TreePlan:
 
     def attend(
         self,
-        module: nn.Module,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        *,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
         scaling: float | None,
-        sliding_window: int | None = None,
-        softcap: float | None = None,
-        sinks: Tensor | None = None,
-        dropout: float = 0.0,
+        window: int | None,
+        softcap: float | None,
+        sinks: Tensor | None,
+        dropout: float,
     ) -> Tensor:
-        """Query (1, H, T, D), key (1, Hkv, T, D), value (1, Hkv, T, Dv) -> (1, T, H, Dv)."""
-        if query.shape[0] != 1 or query.shape[2] != self.n_tokens or key.shape[2] != self.n_tokens:
-            raise RuntimeError(
-                f"the plan is for one row of {self.n_tokens} tokens, the model gave queries "
-                f"{tuple(query.shape)} and keys {tuple(key.shape)}"
-            )
-        q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # (T, heads, D)
+        """Query (T, H, D), key (T, Hkv, D), value (T, Hkv, Dv) -> (T, H, Dv)."""
         pieces = [x.split(self.sizes) for x in (q, k, v)] if self.sizes else None
         outs = []
         for call in self.calls:
@@ -151,11 +191,11 @@ class TreePlan:
                     x.index_select(0, i).view(n, len(i) // n, *x.shape[1:])
                     for x, i in zip((q, k, v), index, strict=True)
                 ]
-            mask = call.mask(sliding_window, q.dtype)
+            mask = call.mask(window, q.dtype)
             out = _attention(*(x.transpose(1, 2) for x in parts), mask, scaling, softcap, sinks, dropout)
             outs.append(out.transpose(1, 2).flatten(0, 1))
         flat = torch.cat(outs) if len(outs) > 1 else outs[0]
-        return (flat if self.inverse is None else flat.index_select(0, self.inverse))[None]
+        return flat if self.inverse is None else flat.index_select(0, self.inverse)
 
 
 def _own(node: Node) -> tuple[int, int]:
