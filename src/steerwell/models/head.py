@@ -20,6 +20,8 @@ from steerwell.models.attention import unwrap
 
 # Logits held at once: 64 MiB in fp32 on a CPU, 512 MiB on an accelerator.
 CHUNK_CPU, CHUNK_ACCELERATOR = 2**24, 2**27
+# Logits that several passes are made over while they lie in the cache of a CPU: 1 MiB in fp32.
+CACHED = 2**18
 # Probabilities kept for the backward pass, at most: 256 MiB in fp32 on a CPU, 2 GiB in bf16 on an accelerator.
 KEEP_CPU, KEEP_ACCELERATOR = 2**26, 2**30
 
@@ -198,6 +200,21 @@ def _logits(hidden, weight, bias, low, up, settings: _Settings, out: Tensor | No
     return z
 
 
+def _exponentials(z: Tensor) -> tuple[Tensor, Tensor]:
+    """Turn logits (c, V) into exp(z - top) in place; returns the row's maximum ``top`` and the sums, (c, 1) each."""
+    parts = []
+    for few in z.split(_rows_at_once(z)):
+        top = few.amax(1, keepdim=True)
+        parts.append((top, few.sub_(top).exp_().sum(1, keepdim=True)))
+    top, total = zip(*parts, strict=True)
+    return torch.cat(top), torch.cat(total)
+
+
+def _rows_at_once(z: Tensor) -> int:
+    """How many rows to pass over again and again: on a CPU what stays in its cache, elsewhere all of them."""
+    return max(1, CACHED // z.shape[1]) if z.device.type == "cpu" else len(z)
+
+
 def _working(weight: Tensor) -> torch.dtype:
     return torch.promote_types(weight.dtype, torch.float32)
 
@@ -245,11 +262,16 @@ class _HeadLogps(torch.autograd.Function):
             out = None if not exact else kept[i:j] if kept is not None else buffer[: j - i]
             z = _logits(hidden[i:j], weight, bias, None if low is None else low[i:j], up, settings, out)
             y = target[i:j, None]
-            top = z.amax(1, keepdim=True)
-            z -= top
-            picked = z.gather(1, y)
-            p = z.exp() if entropies is not None else z.exp_()
-            total = p.sum(1, keepdim=True)
+            if entropies is None:
+                picked = z.gather(1, y)
+                p, (top, total) = z, _exponentials(z)
+                picked -= top
+            else:
+                top = z.amax(1, keepdim=True)
+                z -= top
+                picked = z.gather(1, y)
+                p = z.exp()
+                total = p.sum(1, keepdim=True)
             log_total = total.log()
             logps[i:j] = (picked - log_total)[:, 0]
             norm[i:j] = (total if kept is not None else log_total + top)[:, 0]
