@@ -124,28 +124,6 @@ def test_a_copy_is_independent(policy: Policy) -> None:
     assert other.logps(groups()) != policy.logps(groups())
 
 
-def test_an_adapter_is_trained_alone_and_merged_when_saved(tmp_path: Path) -> None:
-    path = tiny_policy_dir(tmp_path)
-    plain, policy = load_policy(path), load_policy(path, lora=4)
-    start = plain.logps(groups())
-    assert policy.logps(groups())[0] == pytest.approx(start[0], abs=1e-4)  # a new adapter changes nothing
-    trained = [name for name, p in policy.model.named_parameters() if p.requires_grad]
-    assert trained
-    assert all("lora_" in name and "lm_head" not in name for name in trained)
-    step(policy.model, build(policy.tokenize(groups()[:1])))
-    after = policy.logps(groups())
-    assert abs(after[0][0] - start[0][0]) > 0.01
-    digest = policy.digest()
-    merged = load_policy(policy.save(tmp_path / "merged"))
-    assert merged.logps(groups())[0] == pytest.approx(after[0], abs=1e-3)
-    assert not any("lora" in name for name, _ in merged.model.named_parameters())
-    assert policy.digest() == digest  # saving leaves the policy in memory as it was
-    with policy.model.disable_adapter():
-        assert policy.logps(groups())[0] == pytest.approx(start[0], abs=1e-4)
-    with pytest.raises(InputError, match="positive rank"):
-        load_policy(path, lora=0)
-
-
 @pytest.mark.parametrize("make", [tiny_llama, tiny_qwen3])
 @pytest.mark.parametrize("pooling", ["last", "mean"])
 def test_a_reward_model_round_trip(tmp_path: Path, make, pooling) -> None:
@@ -178,19 +156,13 @@ def test_a_reward_model_round_trip(tmp_path: Path, make, pooling) -> None:
     assert model.copy().score(groups()) == scores
 
 
-def test_a_reward_model_starts_from_the_policys_backbone(tmp_path: Path) -> None:
-    policy = load_policy(tiny_policy_dir(tmp_path), lora=4)
-    with torch.no_grad():
-        for name, weight in policy.model.named_parameters():
-            if "lora_" in name:
-                weight.normal_(0, 0.1)
+def test_a_reward_model_starts_from_the_policys_backbone(policy: Policy) -> None:
     model = RewardModel.from_policy(policy)
     assert model.digest() == RewardModel.from_policy(policy).digest()  # the new head is always the same
-    merged = load.merged(policy.model)
-    for (name, a), b in zip(
-        merged.base_model.state_dict().items(), model.model.base_model.state_dict().values(), strict=True
-    ):
+    pairs = zip(policy.model.base_model.named_parameters(), model.model.base_model.parameters(), strict=True)
+    for (name, a), b in pairs:
         assert torch.equal(a, b), name
+        assert a.data_ptr() != b.data_ptr()
     assert all(p.requires_grad for p in model.model.parameters())
     assert model.model.config.pad_token_id == 0
 
@@ -275,11 +247,41 @@ def test_a_missing_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_a_hub_name_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
-    def absent(*_args, **_kwargs):
+    asked: list[bool] = []
+
+    def absent(*_args, local_files_only: bool, **_kwargs):
+        asked.append(local_files_only)
         raise OSError("nobody/nothing is not a model identifier\nand more lines")
 
     monkeypatch.setattr(load.AutoTokenizer, "from_pretrained", absent)
+    monkeypatch.setattr(load, "from_hub", lambda place: True)
     refused("nobody/nothing", "no model of this name")
+    assert asked == [False]
+
+
+def test_without_a_network_the_hub_is_not_waited_for(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    tried: list[tuple[str, int]] = []
+
+    def nowhere(address: tuple[str, int], timeout: float):
+        tried.append(address)
+        raise OSError("Name or service not known")
+
+    monkeypatch.setattr(directory, "getproxies", dict)
+    monkeypatch.setattr(directory.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(directory.constants, "ENDPOINT", "https://hub.invalid")
+    monkeypatch.setattr(directory.socket, "create_connection", nowhere)
+    refused("nobody/nothing", "no such directory, and no model of this name from the hub")
+    assert tried == [("hub.invalid", 443)]  # asked once, and then nothing went over the network
+    assert "Retrying" not in capfd.readouterr().err
+    monkeypatch.setattr(directory.constants, "HF_HUB_OFFLINE", True)
+    refused("nobody/nothing", "no model of this name from the hub")
+    assert len(tried) == 1
+    assert not directory.from_hub(str(Path(__file__).parent))
+    monkeypatch.setattr(directory.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(directory, "getproxies", lambda: {"https": "http://proxy.invalid:1"})
+    assert directory.from_hub("nobody/nothing")  # only the proxy knows
 
 
 def test_incomplete_directories(tmp_path: Path) -> None:
@@ -349,6 +351,21 @@ def test_a_hybrid_is_scored_and_sampled_with_one_sequence_per_row(tmp_path: Path
             assert completion.old_logps == pytest.approx(picked[:, 0].tolist(), abs=1e-5)
 
 
+def test_the_type_of_weights_follows_the_device() -> None:
+    assert load.number_type(None, torch.device("cpu")) == torch.float32
+    assert load.number_type(None, torch.device("cuda", 1)) == torch.bfloat16
+    assert load.number_type("float32", torch.device("cuda")) == torch.float32
+    assert load.number_type(torch.float64, torch.device("cuda")) == torch.float64
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+def test_a_model_saved_in_fp32_is_bf16_on_a_gpu(tmp_path: Path) -> None:
+    path = tiny_policy_dir(tmp_path)
+    assert load_policy(path).model.dtype == torch.bfloat16
+    assert load_policy(path, dtype="fp32").model.dtype == torch.float32
+    assert load_policy(path, device="cpu").model.dtype == torch.float32
+
+
 def test_a_policy_without_a_classifier(tmp_path: Path) -> None:
     config = CohereConfig(**SIZES, vocab_size=VOCAB)
     policy = load_policy(tiny_policy_dir(tmp_path, model=AutoModelForCausalLM.from_config(config)))
@@ -362,4 +379,8 @@ def test_no_template_tokenizer_and_dtype(tmp_path: Path) -> None:
     assert next(load_policy(path).model.parameters()).dtype == torch.float32
     half = load_policy(path, dtype="bfloat16")
     assert next(half.model.parameters()).dtype == torch.bfloat16
+    for dtype in ("bf16", "torch.bfloat16", torch.bfloat16):
+        assert load_policy(path, dtype=dtype).model.dtype == torch.bfloat16
+    with pytest.raises(InputError, match=r"unknown dtype .bf61.\. .*.bf16."):
+        load_policy(path, dtype="bf61")
     assert half.logps(groups())[0] == pytest.approx(load_policy(path).logps(groups())[0], rel=0.05)

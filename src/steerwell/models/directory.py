@@ -10,19 +10,24 @@ import json
 import os
 import re
 import shutil
+import socket
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
+from urllib.request import getproxies
 from uuid import uuid4
 
 import torch
+from huggingface_hub import constants
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as hf_logging
 
 from steerwell.data.errors import InputError
 from steerwell.data.messages import digest
+from steerwell.models.adapters import scalings
 from steerwell.models.sharding import everywhere, own_part, sharded
 
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
@@ -67,6 +72,25 @@ def check_directory(path: str | Path) -> str:
         )
     read_json(local / "config.json")
     return str(local)
+
+
+def from_hub(place: str) -> bool:
+    """Whether ``place`` is to be asked for over the network: it is a hub's name, and the hub can be reached.
+
+    Without a network a name is looked up in the local cache alone, at once: the hub's own client would try for
+    most of a minute.
+    """
+    if Path(place).is_dir() or constants.HF_HUB_OFFLINE:
+        return False
+    address = urlsplit(constants.ENDPOINT)
+    if getproxies().get(address.scheme):
+        return True  # only the proxy knows
+    try:
+        port = address.port or (443 if address.scheme == "https" else 80)
+        socket.create_connection((address.hostname or "", port), timeout=5).close()
+    except OSError:
+        return False
+    return True
 
 
 def save_directory(
@@ -132,14 +156,21 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def weights_digest(model: nn.Module | Mapping[str, torch.Tensor]) -> str:
-    """Hash of all weights (a model's, or named ones) by name, type, shape and bytes; tied weights count once."""
+    """Hash of all weights (a model's, or named ones) by name, type, shape and bytes, and of what adapters are
+    multiplied by; tied weights count once.
+    """
     total = hashlib.blake2b(digest_size=12)
+    if isinstance(model, nn.Module) and (factors := scalings(model)):
+        total.update(json.dumps(factors, sort_keys=True).encode())
     seen: set[int] = set()
     state: Mapping[str, Any] = model.state_dict() if isinstance(model, nn.Module) else model
     for name, value in sorted(state.items()):
-        if value.data_ptr() in seen and value.numel():
-            continue
-        seen.add(value.data_ptr())
+        if (
+            value.ndim > 1
+        ):  # smaller ones (the code book of quantised weights) are shared at the loader's whim
+            if value.data_ptr() in seen and value.numel():
+                continue
+            seen.add(value.data_ptr())
         total.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
         total.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
     return total.hexdigest()
@@ -174,6 +205,7 @@ def first_line(error: BaseException) -> str:
 __all__ = [
     "check_directory",
     "first_line",
+    "from_hub",
     "quiet",
     "read_json",
     "remembered_digest",

@@ -71,7 +71,8 @@ def _scores(model: nn.Module, batch: Batch, pooling: Pooling) -> Tensor:
     else:
         raise ValueError(f"unknown pooling {pooling!r}: choose last or mean")
     score: Any = unwrap(model).score
-    return score(pooled)[:, 0].float().clone()  # FSDP wants a tensor of its own, not a view
+    # FSDP wants a tensor of its own, not a view
+    return score(pooled.to(score.weight.dtype))[:, 0].float().clone()
 
 
 def hidden_states(model: nn.Module, batch: Batch) -> Tensor:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
-import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -29,10 +28,23 @@ from transformers import (
 from steerwell.data.errors import InputError, nearest
 from steerwell.data.messages import Message
 from steerwell.data.types import CompletionGroup, Prompt
+from steerwell.models.adapters import (
+    Adapter,
+    AdapterKind,
+    adapter_below_head,
+    add_adapter,
+    asked_adapter,
+    four_bits,
+    fresh_adapter,
+    merged,
+    without_adapter,
+)
 from steerwell.models.batch import build, layout_for, pack
+from steerwell.models.classifier import check_classifier, classifier_on
 from steerwell.models.directory import (
     check_directory,
     first_line,
+    from_hub,
     quiet,
     read_json,
     remembered_digest,
@@ -180,30 +192,19 @@ class RewardModel:
     ) -> RewardModel:
         """A reward model on a copy of the policy's backbone; its new head is close to zero, always the same.
 
+        A policy with an adapter gives a reward model with a new adapter of the same form, over the weights
+        that the policy has with its own one.
+
         Raises :class:`InputError` for an architecture without a sequence classifier in ``transformers``.
         """
-        source = merged(policy.model)
-        config = copy.deepcopy(source.config)
-        config.num_labels = 1
-        config.get_text_config().pad_token_id = config.pad_token_id = _pad_id(policy.tokenizer)
-        config.architectures = None
-        try:
-            model = AutoModelForSequenceClassification.from_config(
-                config, dtype=source.dtype, attn_implementation="sdpa"
-            )
-        except ValueError as error:
-            raise InputError(
-                f"{type(source).__name__} has no sequence classifier", mend="Choose another base model."
-            ) from error
-        _check_classifier(model, policy.path or None)
-        model.base_model.load_state_dict(source.base_model.state_dict())
-        with torch.no_grad():
-            noise = torch.Generator().manual_seed(0)
-            shape = model.score.weight.shape
-            model.score.weight.copy_(torch.randn(shape, generator=noise) * 0.01 / shape[1] ** 0.5)
-        model.to(policy.device).eval()  # type: ignore[arg-type]
-        adopt(model)
-        return cls(model, policy.tokenizer, ScoringRecipe(pooling), name or f"{policy.name}-reward")
+        adapter = adapter_below_head(policy.model)
+        fresh = adapter is not None and fresh_adapter(policy.model)
+        source = without_adapter(policy.model) if fresh else merged(policy.model)
+        if source is policy.model:
+            source = copy.deepcopy(source)
+        model = classifier_on(source, _pad_id(policy.tokenizer), policy.path or None)
+        whole: Any = model if adapter is None else add_adapter(model, adapter)
+        return cls(whole, policy.tokenizer, ScoringRecipe(pooling), name or f"{policy.name}-reward")
 
     @property
     def device(self) -> torch.device:
@@ -250,36 +251,49 @@ def load_policy(
     path: str | Path,
     *,
     lora: int | None = None,
+    adapter: AdapterKind = "lora",
+    lora_alpha: float | None = None,
+    lora_targets: Iterable[str] | None = None,
     device: str | torch.device | None = None,
     dtype: str | torch.dtype | None = None,
     name: str | None = None,
 ) -> Policy:
     """Load a causal language model from a directory, or by its name on the Hugging Face hub.
 
-    ``lora`` adds a new adapter of that rank to every linear layer below the head; then only the adapter is
-    trained, and :meth:`Policy.save` merges it. ``device`` is a GPU where there is one. ``dtype`` is fp32 on
-    a CPU and the saved one elsewhere.
+    ``lora`` adds a new adapter of that rank: then only the adapter is trained, and :meth:`Policy.save` merges
+    it. ``adapter``, ``lora_alpha`` and ``lora_targets`` are as in
+    :class:`~steerwell.models.adapters.Adapter`. ``device`` is a GPU where there is one. ``dtype`` is fp32 on
+    a CPU and bf16 elsewhere, whatever the weights were saved in.
 
     Raises :class:`InputError` for a missing directory, one without config, tokenizer, chat template or
-    safetensors, and a model that is not a decoder or loses its own numbers (see :func:`forward.adopt`).
+    safetensors, a model that is not a decoder or loses its own numbers (see :func:`forward.adopt`), and an
+    adapter that cannot be had.
     """
-    model, tokenizer = _load(AutoModelForCausalLM, path, device, dtype)
-    if lora is not None:
-        model = _add_adapter(model, lora)
-    return Policy(model, tokenizer, name or _name(path), str(path))
+    asked = asked_adapter(lora, adapter, lora_alpha, lora_targets)
+    model, tokenizer = _load(AutoModelForCausalLM, path, device, dtype, asked)
+    return Policy(
+        model if asked is None else add_adapter(model, asked), tokenizer, name or _name(path), str(path)
+    )
 
 
 def load_reward_model(
     path: str | Path,
     *,
+    lora: int | None = None,
+    adapter: AdapterKind = "lora",
+    lora_alpha: float | None = None,
+    lora_targets: Iterable[str] | None = None,
     device: str | torch.device | None = None,
     dtype: str | torch.dtype | None = None,
     name: str | None = None,
 ) -> RewardModel:
     """Load a reward model: a sequence classifier with one label. Without a recipe it reads the last token.
 
+    With ``lora`` a new adapter and the head are trained, and nothing else; see :func:`load_policy`.
+
     Raises :class:`InputError` as :func:`load_policy` does, and for a directory that holds a language model.
     """
+    asked = asked_adapter(lora, adapter, lora_alpha, lora_targets)
     local = Path(path).expanduser()
     if (local / "config.json").is_file():
         config = read_json(local / "config.json")
@@ -297,20 +311,50 @@ def load_reward_model(
             recipe = ScoringRecipe(**given)
         except TypeError as error:
             raise InputError(f"not a scoring recipe ({error})", file=local / SCORING_FILE) from error
-    model, tokenizer = _load(AutoModelForSequenceClassification, path, device, dtype)
-    _check_classifier(model, path)
-    return RewardModel(model, tokenizer, recipe, name or _name(path), str(path))
+    model, tokenizer = _load(AutoModelForSequenceClassification, path, device, dtype, asked)
+    check_classifier(model, path)
+    whole: Any = model if asked is None else add_adapter(model, asked)
+    return RewardModel(whole, tokenizer, recipe, name or _name(path), str(path))
+
+
+DTYPES = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "fp32": torch.float32,
+    "bf16": torch.bfloat16,
+    "fp16": torch.float16,
+}
+
+
+def number_type(dtype: str | torch.dtype | None, device: torch.device) -> torch.dtype:
+    """The type of weights: the one asked for (a torch type, or a name of one), else fp32 on a CPU and bf16
+    elsewhere. Raises :class:`InputError` for an unknown name.
+    """
+    if dtype is None:
+        return torch.float32 if device.type == "cpu" else torch.bfloat16
+    if isinstance(dtype, torch.dtype):
+        return dtype
+    if dtype.removeprefix("torch.") not in DTYPES:
+        raise InputError(f"unknown dtype {dtype!r}", mend=nearest(dtype, DTYPES))
+    return DTYPES[dtype.removeprefix("torch.")]
 
 
 def _load(
-    kind: Any, path: str | Path, device: str | torch.device | None, dtype: str | torch.dtype | None
+    kind: Any,
+    path: str | Path,
+    device: str | torch.device | None,
+    dtype: str | torch.dtype | None,
+    adapter: Adapter | None,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     place = check_directory(path)
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    dtype = dtype or (torch.float32 if device.type == "cpu" else "auto")
+    dtype = number_type(dtype, device)
+    quantised = four_bits(adapter, device)
+    how: dict[str, Any] = {"trust_remote_code": False, "local_files_only": not from_hub(place)}
     with quiet():
         try:
-            tokenizer = AutoTokenizer.from_pretrained(place, trust_remote_code=False)
+            tokenizer = AutoTokenizer.from_pretrained(place, **how)
         except (OSError, ValueError, KeyError) as error:
             raise InputError(
                 f"no tokenizer could be loaded ({first_line(error)})"
@@ -321,9 +365,11 @@ def _load(
             ) from error
         if not tokenizer.chat_template:
             raise InputError("the tokenizer has no chat template", file=path, mend=TEMPLATE_MEND)
+        if quantised is not None:
+            how |= {"quantization_config": quantised, "device_map": {"": device}}
         try:
             model, info = kind.from_pretrained(
-                place, dtype=dtype, use_safetensors=True, trust_remote_code=False, output_loading_info=True
+                place, dtype=dtype, use_safetensors=True, output_loading_info=True, **how
             )
         except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
             raise InputError(
@@ -345,40 +391,10 @@ def _load(
             file=path,
             mend="Take the tokenizer that the model was trained with.",
         )
-    model.to(device).eval()
-    adopt(model)
+    if quantised is None:
+        model.to(device)
+    adopt(model.eval())
     return model, tokenizer
-
-
-def _check_classifier(model: Any, path: Any) -> None:
-    if getattr(model.config, "num_labels", None) != 1 or not isinstance(
-        getattr(model, "score", None), nn.Linear
-    ):
-        raise InputError(
-            f"{type(model).__name__} with {model.config.num_labels} labels is not a reward model",
-            file=path,
-            mend="A reward model is a sequence classifier with one label.",
-        )
-
-
-def _add_adapter(model: PreTrainedModel, rank: int) -> Any:
-    from peft import LoraConfig, get_peft_model
-
-    if rank < 1:
-        raise InputError(f"lora must be a positive rank, got {rank}", mend="Use lora=16.")
-    config = LoraConfig(
-        r=rank, lora_alpha=2 * rank, lora_dropout=0.0, target_modules="all-linear", task_type="CAUSAL_LM"
-    )
-    with warnings.catch_warnings():  # peft asks transformers under names that are going out of use
-        warnings.simplefilter("ignore", FutureWarning)
-        return get_peft_model(model, config).eval()
-
-
-def merged(model: Any) -> PreTrainedModel:
-    """The ``transformers`` model with its adapters merged in: a copy when there are adapters, else itself."""
-    if not hasattr(model, "merge_and_unload"):
-        return model
-    return copy.deepcopy(model).merge_and_unload()
 
 
 def _by_group(

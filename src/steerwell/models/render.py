@@ -132,28 +132,22 @@ def tokenize_groups(
     unfinished completion gets no end token. Sequences longer than ``max_length`` tokens lose the end of the
     completion, the end token included, and are marked ``truncated``.
 
-    Raises :class:`InputError` for an empty completion, a missing template, a template that refuses the
-    messages, and a prompt that leaves no room for a completion.
+    Raises :class:`InputError` for a missing template, and naming the prompt (and the file it came from, where
+    that is known) for an empty completion, messages that the template refuses, and a prompt that leaves no room
+    for a completion.
     """
     groups = list(groups)
     if not groups:
         return []
+    if not getattr(tokenizer, "chat_template", None):
+        raise InputError("the tokenizer has no chat template", mend=TEMPLATE_MEND)
     texts: list[str] = []  # all texts of all groups, encoded in one call
     todo: list[tuple[int, list[list[tuple[int, bool]] | None]]] = []
     for group in groups:
-        sampled = [_sampled(tokenizer, c) for c in group.completions]
-        header = all(c.messages and c.messages[0].role == "assistant" for c in group.completions)
-        prompt = render(tokenizer, group.prompt, header=header)
-        texts.append(prompt)
-        prompt_at, parts = len(texts) - 1, []
-        for completion, as_it_is in zip(group.completions, sampled, strict=True):
-            if as_it_is:
-                parts.append(None)
-                continue
-            segments = _segments(tokenizer, prompt, completion)
-            parts.append([(len(texts) + i, scored) for i, (_, scored) in enumerate(segments)])
-            texts += [text for text, _ in segments]
-        todo.append((prompt_at, parts))
+        try:
+            todo.append(_texts_of(tokenizer, group, texts))
+        except InputError as error:
+            raise about(group, error) from error
     ids = _encode(tokenizer, texts)
     end = ending(tokenizer)
     out: list[TokenizedGroup] = []
@@ -168,9 +162,66 @@ def tokenize_groups(
             if not end.stop and end.stop_id is not None and completion.finished is not False:
                 sequence.ids.append(end.stop_id)
             sequences.append(sequence)
-        truncated = [_truncate(s, max_length) for s in sequences]
-        out.append(TokenizedGroup(sequences, group, truncated))
+        made = TokenizedGroup(sequences, group, [False] * len(sequences))
+        if max_length is not None and not truncate(made, max_length):
+            raise about(group, no_room(made, max_length))
+        out.append(made)
     return out
+
+
+def _texts_of(
+    tokenizer: PreTrainedTokenizerBase, group: CompletionGroup, texts: list[str]
+) -> tuple[int, list[list[tuple[int, bool]] | None]]:
+    """Append a group's texts; returns where its prompt is, and each completion's (place, scored) parts."""
+    sampled = [_sampled(tokenizer, c) for c in group.completions]
+    header = all(c.messages and c.messages[0].role == "assistant" for c in group.completions)
+    prompt = render(tokenizer, group.prompt, header=header)
+    texts.append(prompt)
+    prompt_at, parts = len(texts) - 1, []
+    for completion, as_it_is in zip(group.completions, sampled, strict=True):
+        if as_it_is:
+            parts.append(None)
+            continue
+        segments = _segments(tokenizer, prompt, completion)
+        parts.append([(len(texts) + i, scored) for i, (_, scored) in enumerate(segments)])
+        texts += [text for text, _ in segments]
+    return prompt_at, parts
+
+
+def truncate(tokens: TokenizedGroup, max_length: int) -> bool:
+    """Cut sequences off at ``max_length`` tokens and mark them; False, with nothing cut, where a prompt
+    leaves no room for a completion.
+    """
+    if any(s.n_prompt >= max_length for s in tokens.sequences):
+        return False
+    for i, sequence in enumerate(tokens.sequences):
+        if len(sequence.ids) > max_length:
+            del sequence.ids[max_length:]
+            sequence.unscored = tuple((a, min(b, max_length)) for a, b in sequence.unscored if a < max_length)
+            tokens.truncated[i] = True
+    return True
+
+
+def no_room(tokens: TokenizedGroup, max_length: int) -> InputError:
+    """What to say of a group that :func:`truncate` could not cut."""
+    longest = max(sequence.n_prompt for sequence in tokens.sequences)
+    return InputError(
+        f"a prompt of {longest} tokens leaves no room in max_length={max_length}",
+        mend="Raise max_length, or leave this prompt out.",
+    )
+
+
+def about(group: CompletionGroup, error: InputError) -> InputError:
+    """The error with the prompt's id and first words, and the file that the group came from if that is known."""
+    words = _brief(group.prompt)
+    named = "" if words in error.what else f" {words}"
+    sources = [c.source.name for c in group.completions if c.source.kind == "dataset" and c.source.name]
+    return InputError(
+        f"{error.what} (prompt {group.prompt_id}{named})",
+        file=error.file or next(iter(sources), None),
+        row=error.row,
+        mend=error.mend,
+    )
 
 
 _PROBE: Messages = (Message("user", "hello"), Message("assistant", "qzjx"))
@@ -257,26 +308,16 @@ def _join(prompt: list[int], parts: list[tuple[list[int], bool]]) -> Sequence:
     return Sequence(ids, len(prompt), tuple(unscored))
 
 
-def _truncate(sequence: Sequence, max_length: int | None) -> bool:
-    if max_length is None or len(sequence.ids) <= max_length:
-        return False
-    if sequence.n_prompt >= max_length:
-        raise InputError(
-            f"a prompt of {sequence.n_prompt} tokens leaves no room in max_length={max_length}",
-            mend="Raise max_length, or leave this prompt out.",
-        )
-    del sequence.ids[max_length:]
-    sequence.unscored = tuple((a, min(b, max_length)) for a, b in sequence.unscored if a < max_length)
-    return True
-
-
 __all__ = [
     "Ending",
     "Sequence",
     "TokenizedGroup",
+    "about",
     "ending",
+    "no_room",
     "render",
     "tokenize_group",
     "tokenize_groups",
     "tokenize_prompts",
+    "truncate",
 ]

@@ -39,6 +39,9 @@ def shard(model: nn.Module, mesh: Any, compute: torch.dtype | None = None) -> No
     policy = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=torch.float32 if compute else None)
     for layer in decoder_layers(model):
         fully_shard(layer, mesh=mesh, mp_policy=policy)
+    for name, module in model.named_modules():
+        if name.rpartition(".")[2] == "score" and isinstance(module, nn.Linear):
+            fully_shard(module, mesh=mesh)  # a reward model's head stays in float32
     setattr(model, _ENTRY, MethodType(_run, model))
     fully_shard(model, mesh=mesh, mp_policy=policy)
     register_fsdp_forward_method(model, _ENTRY)
@@ -121,7 +124,8 @@ def skeleton(model: nn.Module) -> nn.Module:
 
 
 def fill(bones: nn.Module, model: nn.Module, keep: bool) -> None:
-    """Gather the weights of a sharded ``model`` one by one and put them into its :func:`skeleton`, on the CPU.
+    """Gather the weights of a sharded ``model`` one by one and put them into its :func:`skeleton`, on the CPU, in
+    the types that it has.
 
     Every process must call it; only those with ``keep`` hold the result.
     """
@@ -130,8 +134,9 @@ def fill(bones: nn.Module, model: nn.Module, keep: bool) -> None:
         if keep:
             owner, _, last = name.rpartition(".")
             module = bones.get_submodule(owner)
-            fresh = nn.Parameter(value.cpu().clone(), requires_grad=parameter.requires_grad)
-            for other, attribute in _places(bones, module._parameters[last]):
+            bone: Any = module._parameters[last]
+            fresh = nn.Parameter(value.to("cpu", bone.dtype, copy=True), requires_grad=bone.requires_grad)
+            for other, attribute in _places(bones, bone):
                 other._parameters[attribute] = fresh
 
 

@@ -14,7 +14,7 @@ import json
 import os
 import shutil
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -106,17 +106,21 @@ def checkpoints(folder: Path) -> list[Path]:
     return sorted(folder.glob("step-*"), key=lambda path: int(path.name.removeprefix("step-")))
 
 
-def latest_checkpoint(folder: Path, metrics: Path) -> tuple[Path, dict[str, Any], list[Path]] | None:
+def latest_checkpoint(
+    folder: Path, metrics: Path, usable: Callable[[dict[str, Any]], bool] = lambda state: True
+) -> tuple[Path, dict[str, Any], list[Path]] | None:
     """The newest checkpoint whose digests hold, its state, and the torn ones that were passed over.
 
-    A checkpoint also needs the part of the metrics file that was written before it.
+    A checkpoint also needs the part of the metrics file that was written before it, and what ``usable`` asks
+    of its state.
     """
     torn: list[Path] = []
     for path in reversed(checkpoints(folder)):
-        state = _verified(path)
+        state = verified(path)
         if (
             state is not None
             and (metrics.stat().st_size if metrics.exists() else 0) >= state["metrics_bytes"]
+            and usable(state)
         ):
             return path, state, torn
         torn.append(path)
@@ -178,7 +182,8 @@ def restore_optimizer(
         optimizer.state[by_name[name]][kind] = value
 
 
-def _verified(path: Path) -> dict[str, Any] | None:
+def verified(path: Path) -> dict[str, Any] | None:
+    """The state of a checkpoint if it is whole: every digest holds; else None."""
     try:
         digests = json.loads((path / MANIFEST).read_text("utf-8"))
         if any(_digest(path / name) != value for name, value in digests.items()):
@@ -208,4 +213,5 @@ __all__ = [
     "optimizer_tensors",
     "restore_optimizer",
     "save_checkpoint",
+    "verified",
 ]

@@ -69,8 +69,29 @@ class TrainConfig(BaseModel):
     reference_cache: str = Field(
         default="auto", description="file of reference log-probs that runs share: auto, off or a path"
     )
+    dtype: Literal["auto", "float32", "bfloat16"] = Field(
+        default="auto",
+        description="what the model computes in; auto: bfloat16 on a GPU, else as it is (float32 from a file)",
+    )
+    gradient_checkpointing: bool | Literal["auto"] = Field(
+        default="auto",
+        description="compute activations twice instead of keeping them; auto: if they don't fit",
+    )
+    compile: bool = Field(
+        default=False, description="torch.compile on the layers; pays for large models on a GPU, not on a CPU"
+    )
     eval_every: int | None = Field(
         default=None, ge=1, description="steps between evaluations; None: start and end only"
+    )
+    best_metric: str | None = Field(
+        default=None,
+        description="a figure, eval/… or watch/…: the weights where it was best are saved; None: the last",
+    )
+    best_mode: Literal["max", "min"] | None = Field(
+        default=None, description="which way best_metric is better; None: known by its name"
+    )
+    patience: int | None = Field(
+        default=None, ge=1, description="stop after so many measurements without a better one; None: never"
     )
     watch_every: int = Field(default=10, ge=1, description="steps between calls of the watcher")
     checkpoint_every: int | None = Field(
@@ -79,10 +100,19 @@ class TrainConfig(BaseModel):
     keep_checkpoints: int = Field(
         default=2, ge=1, description="how many of the newest checkpoints stay on disk"
     )
+    sinks: tuple[Literal["tensorboard", "wandb"], ...] = Field(
+        default=(), description="where the figures go besides metrics.jsonl"
+    )
 
 
 #: Settings that change no number of a run; a run may be continued with other values of them.
-FREE_SETTINGS = ("checkpoint_every", "keep_checkpoints", "reference_cache")
+FREE_SETTINGS = (
+    "checkpoint_every",
+    "keep_checkpoints",
+    "reference_cache",
+    "gradient_checkpointing",
+    "sinks",
+)
 
 
 class Recipe(BaseModel):
@@ -93,7 +123,9 @@ class Recipe(BaseModel):
     ``resolve`` turns annotations into targets: "auto" asks the objective (pairs: majority; labels: labels;
     scores: mean), and a table ``[resolve]`` holds a ``rule`` with its settings. Paths are taken from where
     the command runs. With ``judge`` the run is online: completions are sampled from the policy for the
-    prompts of ``data``, and ``[rollouts]`` holds the sampling settings.
+    prompts of ``data``, and ``[rollouts]`` holds the sampling settings. ``lora`` is the rank of a new adapter:
+    the rest of the model stays as it is; ``adapter`` is its kind, ``lora_alpha`` its factor (twice the rank),
+    ``lora_targets`` the linear layers that get it (all below the head).
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -108,6 +140,9 @@ class Recipe(BaseModel):
     resolve: str | dict[str, Any] = "auto"
     reference: str = "start"
     lora: int | None = Field(default=None, ge=1)
+    adapter: Literal["lora", "dora", "qlora"] = "lora"
+    lora_alpha: float | None = Field(default=None, gt=0)
+    lora_targets: list[str] | None = None
     judge: str | None = None
     hyperparameters: dict[str, Any] = Field(default_factory=dict)
     train: TrainConfig = TrainConfig()

@@ -13,6 +13,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,23 +22,28 @@ from torch import Tensor
 from steerwell.data.errors import InputError
 from steerwell.models.load import Policy, RewardModel
 from steerwell.models.sharding import fill, own_part, whole
+from steerwell.train.best import Best
 from steerwell.train.checkpoint import (
     latest_checkpoint,
     load_tensors,
     optimizer_tensors,
     restore_optimizer,
     save_checkpoint,
+    verified,
 )
 from steerwell.train.config import TrainConfig
 from steerwell.train.items import Item, Progress, prepare, set_advantages
-from steerwell.train.metrics import MetricsFile, Totals
-from steerwell.train.preflight import StartChecks
+from steerwell.train.metrics import MetricsFile, Totals, read_metrics
+from steerwell.train.precision import MasterWeights
+from steerwell.train.preflight import StartChecks, check_packing
 from steerwell.train.provide import Provider
 from steerwell.train.ranks import Ranks
 from steerwell.train.rundir import RunDir, TrainingError
+from steerwell.train.sinks import open_sinks
 from steerwell.train.sources import Source, derived_seed, rollout_figures, shuffled
 from steerwell.train.step import kl_figures, run_items, suspects
 from steerwell.train.terms import Term, check_data
+from steerwell.train.timing import Timing
 
 Watch = Callable[[int, Any, Mapping[str, float]], Mapping[str, float] | None]
 
@@ -59,13 +65,18 @@ class Run:
     source: Source | None = None
     watch: Watch | None = None
     progress: Progress | None = None
+    best: Best | None = None
+    masters: MasterWeights | None = None
+    release: Callable[[], None] = lambda: None  # gives the model its plain layers back
     tokens: int = 0
     bones: Any = None  # of a model that is spread over processes: where its weights are gathered to
     rollout: tuple[int, list[Item], dict[str, float]] = field(default_factory=lambda: (-1, [], {}))
 
     @property
     def names(self) -> dict[Tensor, str]:
-        """The trainable parameters and their names (a tied weight once)."""
+        """What is updated, with names (a tied weight once): the trainable parameters, or their masters."""
+        if self.masters is not None:
+            return self.masters.names
         return {p: name for name, p in self.trained.model.named_parameters() if p.requires_grad}
 
     @property
@@ -87,60 +98,96 @@ def fit(run: Run) -> None:
     state is on disk.
     """
     start, metrics = _restore(run)
-    every = run.config.checkpoint_every or math.ceil(run.steps / 10)
-    saved = start
+    timing = Timing(run.folder.path / "timing.jsonl", start, writes=run.ranks.writes)
+    saved = [start]
+    done = False
     try:
-        with _interruptible() as asked:
-            if start == 0:
-                _look(run, 0, metrics, {}, always=True)
-            for step in range(start, run.steps):
-                _set_rate(run, step)
-                try:
-                    figures = _step(run, step)
-                except TrainingError:
-                    sound = all(bool(own_part(p).isfinite().all()) for p in run.names)
-                    if step > saved and step % run.updates == 0 and all(run.ranks.gather(sound)):
-                        _save(run, step, metrics)
-                    raise
-                _look(run, step + 1, metrics, figures, always=step + 1 == run.steps)
-                stop = any(run.ranks.gather(asked()))
-                if (
-                    (step + 1) % run.updates == 0
-                    and step + 1 < run.steps
-                    and ((step + 1) // every > saved // every or stop)
-                ):
-                    _save(run, step + 1, metrics)
-                    saved = step + 1
-                    if stop:
-                        raise KeyboardInterrupt
-        metrics.sync()
-        _save_model(run)
-        run.folder.write(status="done", tokens=run.tokens, steps=run.steps)
+        if run.ranks.writes:
+            history = read_metrics(run.folder.metrics)
+            metrics.sinks = open_sinks(run.config.sinks, run.folder.path, run.folder.record, history)
+        _finish(run, _steps(run, start, metrics, timing, saved), metrics, timing)
+        done = True
     except KeyboardInterrupt:
-        run.folder.write(status="interrupted", step=saved)
+        run.folder.write(status="interrupted", step=saved[-1])
         raise
     except (TrainingError, InputError) as error:
-        run.folder.write(status="failed", error=str(error), step=saved)
+        run.folder.write(status="failed", error=str(error), step=saved[-1])
         raise
     finally:
+        run.release()
+        timing.close()
         metrics.close()
+        for sink in metrics.sinks:
+            sink.close(done=done)
+
+
+def _steps(run: Run, start: int, metrics: MetricsFile, timing: Timing, saved: list[int]) -> int:
+    """The steps from ``start`` on; returns the number of the last one. ``saved``: steps with a checkpoint."""
+    every = run.config.checkpoint_every or math.ceil(run.steps / 10)
+    with _interruptible() as asked:
+        if start == 0:
+            run.folder.write(preflight=check_packing(run.provider, _items(run, 0)[0]))
+            _look(run, 0, metrics, {}, timing, always=True)
+        for step in range(start, run.steps):
+            _set_rate(run, step)
+            before = run.tokens
+            timing.begin()
+            try:
+                figures = _step(run, step)
+            except TrainingError:
+                sound = all(bool(own_part(p).isfinite().all()) for p in run.names)
+                if step > saved[-1] and step % run.updates == 0 and all(run.ranks.gather(sound)):
+                    _save(run, step, metrics)
+                raise
+            timing.end(step + 1, run.tokens - before)
+            if _look(run, step + 1, metrics, figures, timing, always=step + 1 == run.steps):
+                return step + 1
+            stop = any(run.ranks.gather(asked()))
+            if (
+                (step + 1) % run.updates == 0
+                and step + 1 < run.steps
+                and ((step + 1) // every > saved[-1] // every or stop)
+            ):
+                _save(run, step + 1, metrics)
+                saved.append(step + 1)
+                if stop:
+                    raise KeyboardInterrupt
+    return run.steps
+
+
+def _finish(run: Run, last: int, metrics: MetricsFile, timing: Timing) -> None:
+    """Save the model: the best weights where ``best_metric`` asks for them, else the last."""
+    metrics.sync()
+    about: dict[str, Any] = {"tokens": run.tokens, "steps": last, **timing.about()}
+    if run.best is not None:
+        if run.best.path is not None and run.best.step != last:
+            _load(run, run.best.path)
+        about["best"] = run.best.about()
+    if run.masters is not None:
+        run.masters.close()
+    _save_model(run)
+    run.folder.write(status="done", **about)
 
 
 def _restore(run: Run) -> tuple[int, MetricsFile]:
     """Continue from the newest whole checkpoint, or begin; returns the step and the metrics file."""
-    ranks = run.ranks
-    found = ranks.first(lambda: latest_checkpoint(run.folder.checkpoints, run.folder.metrics))
+    best, ranks = run.best, run.ranks
+
+    def usable(state: Mapping[str, Any]) -> bool:
+        """Whether the best weights that a checkpoint goes back to are whole too."""
+        if best is None or state["best"]["step"] is None:
+            return True
+        return verified(best.folder / f"step-{state['best']['step']:06d}") is not None
+
+    found = ranks.first(lambda: latest_checkpoint(run.folder.checkpoints, run.folder.metrics, usable))
     if found is None:
         return 0, MetricsFile(run.folder.metrics, writes=ranks.writes)
     path, state, torn = found
-    device, names = run.provider.device, run.names
-    like: dict[str, Tensor] = {name: parameter for parameter, name in names.items()}
-    weights = load_tensors(path, "model", device, like)
-    with torch.no_grad():
-        for parameter, name in names.items():
-            parameter.copy_(weights[name])
-    restore_optimizer(run.optimizer, names, load_tensors(path, "optimizer", device, like))
+    _load(run, path)
+    restore_optimizer(run.optimizer, run.names, _tensors(run, path, "optimizer"))
     run.tokens = state["tokens"]
+    if best is not None:
+        best.restore(state["best"])
     if run.progress is not None:
         note = f"continued from step {state['step']}"
         if torn:
@@ -149,21 +196,48 @@ def _restore(run: Run) -> tuple[int, MetricsFile]:
     return state["step"], MetricsFile(run.folder.metrics, state["metrics_bytes"], writes=ranks.writes)
 
 
+def _load(run: Run, path: Path) -> None:
+    """Put the weights of a checkpoint in."""
+    weights = _tensors(run, path, "model")
+    with torch.no_grad():
+        for parameter, name in run.names.items():
+            parameter.copy_(weights[name])
+    if run.masters is not None:
+        run.masters.pull()
+
+
+def _tensors(run: Run, path: Path, stem: str) -> dict[str, Tensor]:
+    like: dict[str, Tensor] = {name: parameter for parameter, name in run.names.items()}
+    return load_tensors(path, stem, run.provider.device, like)
+
+
 def _save(run: Run, step: int, metrics: MetricsFile) -> None:
     names = run.names
     tensors = {
         "model": {name: parameter for parameter, name in names.items()},
         "optimizer": optimizer_tensors(run.optimizer, names),
     }
-    state = {"tokens": run.tokens, "metrics_bytes": metrics.sync()}
+    state: dict[str, Any] = {"tokens": run.tokens, "metrics_bytes": run.ranks.gather(metrics.sync())[0]}
+    if run.best is not None:
+        state["best"] = run.best.state()
+    keep = run.config.keep_checkpoints
+    with _writing(f"the checkpoint of step {step}"):
+        save_checkpoint(run.folder.checkpoints, step, tensors, state, keep, run.ranks)
+        if run.best is not None and run.ranks.writes:
+            run.best.prune(run.folder.checkpoints)
+    run.folder.write(step=step, tokens=run.tokens)
+
+
+@contextmanager
+def _writing(what: str) -> Iterator[None]:
+    """A disk that is full, in plain words."""
     try:
-        save_checkpoint(run.folder.checkpoints, step, tensors, state, run.config.keep_checkpoints, run.ranks)
+        yield
     except OSError as error:
         raise TrainingError(
-            f"the checkpoint of step {step} could not be written ({error.strerror}): earlier ones are kept; "
+            f"{what} could not be written ({error.strerror}): earlier ones are kept; "
             "make room and run the same again"
         ) from error
-    run.folder.write(step=step, tokens=run.tokens)
 
 
 def _save_model(run: Run) -> None:
@@ -188,7 +262,9 @@ def _step(run: Run, step: int) -> dict[str, float]:
 
     with _dropout(run, step):
         outcome = run_items(items, run.terms, run.provider, backward=True, observe=observe)
-    run.ranks.together(lambda: checks.conclude(outcome.parts))
+    found = run.ranks.together(lambda: checks.conclude(outcome.parts))
+    if step == 0:
+        run.folder.write(preflight={**run.folder.record.get("preflight", {}), "first_step": found})
     if not run.ranks.alone:
         totals.merge(run.ranks.gather(totals.state()))
     parameters = list(run.names)
@@ -203,6 +279,8 @@ def _step(run: Run, step: int) -> dict[str, float]:
         raise TrainingError(f"the {what} of step {step + 1} is not finite; prompts: {shown}")
     run.optimizer.step()
     run.optimizer.zero_grad(set_to_none=True)
+    if run.masters is not None:
+        run.masters.pull()
     run.tokens += sum(item.size for item in items)
     return {
         "loss": loss,
@@ -239,21 +317,45 @@ def _roll_out(run: Run, step: int) -> tuple[list[Item], dict[str, float]]:
     return items, rollout_figures(groups)
 
 
-def _look(run: Run, step: int, metrics: MetricsFile, figures: dict[str, float], *, always: bool) -> None:
-    """Evaluate and call the watcher where it is their turn, and write the line of this step."""
-    line = dict(figures)
+def _look(
+    run: Run, step: int, metrics: MetricsFile, figures: dict[str, float], timing: Timing, *, always: bool
+) -> bool:
+    """Evaluate and call the watcher where it is their turn, keep the best weights, and write the line of this
+    step. Whether the run stops here, as patience has run out; then all is measured once more.
+    """
     every = run.config.eval_every
-    if run.eval_items and (always or (every is not None and step % every == 0)):
-        outcome = run_items(run.eval_items, run.terms, run.provider, backward=False)
-        line["eval/loss"] = outcome.loss.item()
-        line |= {f"eval/{name}": value for name, value in outcome.totals.means().items()}
-    if run.watch is not None and (always or step % run.config.watch_every == 0):
-        seen = run.watch(step, run.trained, dict(line))
-        line |= {f"watch/{name}": float(value) for name, value in (seen or {}).items()}
+    evaluate = always or (every is not None and step % every == 0)
+    watch = always or step % run.config.watch_every == 0
+    line = _measured(run, step, figures, evaluate, watch)
+    stops = False
+    if run.best is not None:
+        if run.best.look(step, line):
+            with _writing(f"the best weights (step {step})"):
+                run.best.save({name: p for p, name in run.names.items()}, run.ranks)
+        stops = run.best.stops
+    if stops:
+        line = _measured(run, step, line, not evaluate, not watch)
     if line:
         metrics.write(step, line)
     if run.progress is not None and step:
-        run.progress("train", step, run.steps, _note(line))
+        note = _note(line) + (f"  {timing.recent():,.0f} tokens/s" if timing.recent() else "")
+        run.progress("train", step, step if stops else run.steps, note)
+    return stops
+
+
+def _measured(
+    run: Run, step: int, figures: Mapping[str, float], evaluate: bool, watch: bool
+) -> dict[str, float]:
+    """The figures with those of the held-out data and those of the watcher."""
+    line = dict(figures)
+    if evaluate and run.eval_items:
+        outcome = run_items(run.eval_items, run.terms, run.provider, backward=False)
+        line["eval/loss"] = outcome.loss.item()
+        line |= {f"eval/{name}": value for name, value in outcome.totals.means().items()}
+    if watch and run.watch is not None:
+        seen = run.ranks.gather(run.watch(step, run.trained, dict(line)))[0]
+        line |= {f"watch/{name}": float(value) for name, value in (seen or {}).items()}
+    return line
 
 
 def _note(line: Mapping[str, float]) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import math
 from array import array
+from collections import Counter
 from collections.abc import Callable
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
@@ -21,7 +22,14 @@ from steerwell.data.errors import InputError
 from steerwell.data.messages import digest
 from steerwell.data.types import CompletionGroup
 from steerwell.models.batch import Layout, n_tokens
-from steerwell.models.render import Sequence, TokenizedGroup, tokenize_groups
+from steerwell.models.render import (
+    Sequence,
+    TokenizedGroup,
+    about,
+    no_room,
+    tokenize_groups,
+    truncate,
+)
 from steerwell.objectives import advantages as advantage_table
 from steerwell.train.terms import Term, demonstrations, needed, prune
 
@@ -68,27 +76,74 @@ def prepare(
     layout: Layout = "auto",
     progress: Progress | None = None,
 ) -> Prepared:
-    """Tokenise what the terms read. Raises :class:`InputError` for a pair of equal token sequences and for
-    templates or completions that :func:`tokenize_groups` refuses.
+    """Tokenise what the terms read. A group that ``max_length`` leaves nothing of to score is left out and
+    counted.
+
+    Raises :class:`InputError` when that is so for more than half of the groups, for a pair of equal token
+    sequences, and for templates or completions that :func:`tokenize_groups` refuses.
     """
     kept = [pruned for group in groups if (pruned := prune(group, terms)) is not None]
     items: list[Item] = []
+    refused: list[tuple[CompletionGroup, InputError]] = []
+    reasons: Counter[str] = Counter()
+    if len(kept) < len(groups):
+        reasons["no target that the objective takes"] = len(groups) - len(kept)
     for start in range(0, len(kept), TOKENIZE_AT_ONCE):
         part = kept[start : start + TOKENIZE_AT_ONCE]
-        tokens = tokenize_groups(tokenizer, part, max_length)
-        items += [_item(g, t, terms, layout) for g, t in zip(part, tokens, strict=True)]
+        for group, tokens in zip(part, tokenize_groups(tokenizer, part), strict=True):
+            if max_length is not None and not truncate(tokens, max_length):
+                refused.append((group, no_room(tokens, max_length)))
+                reasons[f"the prompt leaves no room in max_length={max_length}"] += 1
+            elif not all(map(scored_tokens, tokens.sequences)):
+                refused.append((group, _nothing_scored(tokens)))
+                reasons["a completion has no token to score"] += 1
+            else:
+                items.append(_item(group, tokens, terms, layout))
         if progress is not None:
-            progress("tokenize", len(items), len(kept), "")
-    about = {
+            progress("tokenize", min(start + TOKENIZE_AT_ONCE, len(kept)), len(kept), "")
+    if 2 * len(refused) > len(kept):
+        group, error = refused[0]
+        what = f"{len(refused)} of {len(kept)} groups cannot be used; the first: {error.what}"
+        raise about(group, InputError(what, file=error.file, mend=error.mend))
+    return Prepared(items, _account(items, reasons, max_length))
+
+
+def _nothing_scored(tokens: TokenizedGroup) -> InputError:
+    cut = "after it was cut to max_length " if any(tokens.truncated) else ""
+    return InputError(
+        f"a completion has no token to score {cut}".rstrip(),
+        mend="Raise max_length." if cut else "Drop it, or write what it should say.",
+    )
+
+
+def _account(items: Seq[Item], reasons: Counter[str], max_length: int | None) -> dict[str, Any]:
+    """What became of the data, for ``run.json``; ``notes`` are sentences about what was left out or cut."""
+    completions = sum(len(item.lengths) for item in items)
+    cut = sum(sum(item.tokens.truncated) for item in items)
+    left_out = reasons.total()
+    notes = [f"left out {n:,} of {len(items) + left_out:,} groups: {why}" for why, n in reasons.items()]
+    if cut:
+        most = (
+            "; most completions end nowhere, and a policy may not learn to stop"
+            if 2 * cut > completions
+            else ""
+        )
+        notes.append(
+            f"cut {cut:,} of {completions:,} completions ({cut / completions:.1%}) to max_length={max_length}: "
+            f"they have lost their end token{most}"
+        )
+    return {
         "groups": len(items),
-        "groups_left_out": len(groups) - len(items),
-        "completions": sum(len(item.lengths) for item in items),
+        "groups_left_out": left_out,
+        "left_out": dict(reasons),
+        "completions": completions,
         "pairs": sum(len(item.pairs) for item in items),
         "tokens": sum(item.size for item in items),
         "scored_tokens": sum(sum(item.lengths) for item in items),
-        "truncated_completions": sum(sum(item.tokens.truncated) for item in items),
+        "truncated_completions": cut,
+        "truncated_share": cut / max(1, completions),
+        "notes": notes,
     }
-    return Prepared(items, about)
 
 
 def _item(group: CompletionGroup, tokens: TokenizedGroup, terms: Seq[Term], layout: Layout) -> Item:
@@ -96,17 +151,18 @@ def _item(group: CompletionGroup, tokens: TokenizedGroup, terms: Seq[Term], layo
     lengths = [scored_tokens(sequence) for sequence in tokens.sequences]
     prompt_id = group.prompt_id
     if "pairs" in names:
-        _refuse_equal_pairs(group, tokens, prompt_id)
+        _refuse_equal_pairs(group, tokens)
     old: list[float] = []
     if names & OLD_NAMES or any(term.kind == "policy_gradient" for term in terms):
         for completion, length in zip(group.completions, lengths, strict=True):
             if completion.old_logps is not None and len(completion.old_logps) >= length:
                 old += completion.old_logps[:length]
             elif names & OLD_NAMES:
-                raise InputError(
-                    f"a completion of prompt {prompt_id} has no old_logps for its tokens",
+                error = InputError(
+                    "a completion has no old_logps for its tokens",
                     mend="Sample it with policy.sample, or train on steerwell.rollouts.",
                 )
+                raise about(group, error)
     if len(old) != sum(lengths):
         old = []
     return Item(
@@ -182,16 +238,38 @@ def _floats(values: Any, device: torch.device) -> Tensor:
     return torch.tensor(list(values), dtype=torch.float32, device=device)
 
 
-def _refuse_equal_pairs(group: CompletionGroup, tokens: TokenizedGroup, prompt_id: str) -> None:
+def _refuse_equal_pairs(group: CompletionGroup, tokens: TokenizedGroup) -> None:
     for pair in group.pairs:
         if tokens.sequences[pair.chosen].ids == tokens.sequences[pair.rejected].ids:
             cut = tokens.truncated[pair.chosen] or tokens.truncated[pair.rejected]
             words = group.completions[pair.chosen].text[:60]
-            raise InputError(
-                f"chosen and rejected are equal{' after they were cut to max_length' if cut else ''} "
-                f"for prompt {prompt_id} ({words!r})",
+            error = InputError(
+                f"chosen and rejected are equal{' after they were cut to max_length' if cut else ''}: {words!r}",
                 mend="Raise max_length." if cut else "Drop the pair: it says nothing.",
             )
+            raise about(group, error)
 
 
-__all__ = ["Item", "Prepared", "Progress", "gather", "items_digest", "prepare", "set_advantages"]
+def refuse_longer(items: Seq[Item], context: int | None) -> None:
+    """Raise :class:`InputError` for a sequence of more than ``context`` tokens (None: there is no limit)."""
+    for item in items if context is not None else ():
+        longest = max(len(sequence.ids) for sequence in item.tokens.sequences)
+        if longest > context:  # type: ignore[operator]
+            error = InputError(
+                f"a prompt with its completion has {longest} tokens; the model reads {context}",
+                mend=f"Give max_length = {context} or less, or leave it out.",
+            )
+            raise about(item.tokens.group, error)
+
+
+__all__ = [
+    "Item",
+    "Prepared",
+    "Progress",
+    "gather",
+    "items_digest",
+    "prepare",
+    "refuse_longer",
+    "scored_tokens",
+    "set_advantages",
+]

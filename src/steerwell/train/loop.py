@@ -8,8 +8,8 @@ function of its arguments: killed at any moment, the same call continues it to t
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +18,18 @@ import torch
 from steerwell.data.errors import InputError
 from steerwell.data.messages import digest
 from steerwell.data.types import CompletionGroup
+from steerwell.models.adapters import (
+    Adapter,
+    AdapterKind,
+    asked_adapter,
+    fresh_adapter,
+    scalings,
+    settings_of,
+)
 from steerwell.models.load import Policy, RewardModel, load_policy, load_reward_model, weights_digest
 from steerwell.models.sharding import shard, skeleton
 from steerwell.objectives.table import hyperparameters
+from steerwell.train.best import Best, check_best
 from steerwell.train.config import (
     FREE_SETTINGS,
     LEARNING_RATES,
@@ -30,11 +39,22 @@ from steerwell.train.config import (
     split_settings,
 )
 from steerwell.train.fit import Run, Watch, fit
-from steerwell.train.items import Item, Prepared, Progress, items_digest, prepare
+from steerwell.train.items import Item, Prepared, Progress, items_digest, prepare, refuse_longer
+from steerwell.train.layers import needs_checkpointing, set_layers
+from steerwell.train.precision import (
+    MasterWeights,
+    dtype_of,
+    in_dtype,
+    keep_fine,
+    resolved_dtype,
+    set_precision,
+)
+from steerwell.train.preflight import check_ends, stop_tokens
 from steerwell.train.provide import Provider, check_mismatch
 from steerwell.train.ranks import Ranks, current, join, mesh
 from steerwell.train.reference import REFERENCE_NAMES, Kept, Reference, base_digest, cache_path
 from steerwell.train.rundir import RunDir
+from steerwell.train.sinks import check_sinks
 from steerwell.train.sources import Rollouts, Source, derived_seed, epoch_order, passes, steps_in
 from steerwell.train.terms import Spec, Term, check_data, describe, functions_of, make_terms, needed
 
@@ -51,7 +71,7 @@ class _Order:
     groups: list[CompletionGroup]
     eval_groups: list[CompletionGroup]
     reference: Any
-    lora: int | None
+    adapter: Adapter | None
     watch: Watch | None
     progress: Progress | None
 
@@ -66,6 +86,9 @@ def train(
     reference: Policy | str | Path | None = "start",
     config: TrainConfig | Mapping[str, Any] | None = None,
     lora: int | None = None,
+    adapter: AdapterKind = "lora",
+    lora_alpha: float | None = None,
+    lora_targets: Sequence[str] | None = None,
     progress: Progress | None = None,
     watch: Watch | None = None,
     **settings: Any,
@@ -73,11 +96,13 @@ def train(
     """Train a policy (or, with a reward objective, a reward model) and save it in ``out/model``.
 
     ``policy`` is left as it is; the trained copy is returned. Given as a path (a model or a run directory),
-    it is loaded here, with a new adapter of rank ``lora``, and no second copy is kept. ``data`` are groups
-    with resolved targets, or a source such as :func:`rollouts`. ``objective`` is a name, an objective
-    function, or a mixture: a list of (objective, weight) or (objective, weight, hyperparameters).
-    ``reference`` is "start" (the weights the run starts from), a policy or a path, or None. ``settings``
-    are fields of :class:`TrainConfig` and hyperparameters of the objective, told apart by name.
+    it is loaded here, and no second copy is kept; ``lora`` then adds a new adapter of that rank, to a policy or
+    a reward model (``adapter``, ``lora_alpha`` and ``lora_targets`` as for
+    :func:`~steerwell.models.load.load_policy`). ``data`` are groups with resolved targets, or a source such as
+    :func:`rollouts`. ``objective`` is a name, an objective function, or a mixture: a list of (objective, weight)
+    or (objective, weight, hyperparameters). ``reference`` is "start" (the weights the run starts from), a
+    policy or a path, or None. ``settings`` are fields of :class:`TrainConfig` and hyperparameters of the
+    objective, told apart by name.
 
     ``eval_data`` is measured before the first step, every ``eval_every`` steps and at the end; its figures
     do not depend on batch size. ``watch(step, model, figures)`` is called at the same ends and every
@@ -92,7 +117,8 @@ def train(
     terms, made = checked(objective, config, settings)
     source = data if isinstance(data, Source) else None
     groups: list[CompletionGroup] = [] if isinstance(data, Source) else list(data)
-    order = _Order(terms, made, source, groups, list(eval_data or []), reference, lora, watch, progress)
+    asked = asked_adapter(lora, adapter, lora_alpha, lora_targets)
+    order = _Order(terms, made, source, groups, list(eval_data or []), reference, asked, watch, progress)
     _check(policy, order, eval_data is not None)
     ranks = join()
     folder = RunDir(out, ranks)
@@ -120,6 +146,8 @@ def _check(policy: Any, order: _Order, evaluated: bool) -> None:
     """What can be said before a model is touched."""
     terms = order.terms
     _refuse_unused(order.config, terms, order.source, evaluated, order.watch is not None)
+    check_best(order.config, evaluated=evaluated, watched=order.watch is not None)
+    check_sinks(order.config.sinks)
     if order.source is None:
         check_data(terms, order.groups)
     if evaluated:
@@ -138,10 +166,8 @@ def _check(policy: Any, order: _Order, evaluated: bool) -> None:
         raise InputError("a reward model keeps its pooling", mend="Leave pooling out.")
     if isinstance(policy, RewardModel) and terms[0].kind != "reward":
         raise InputError(f"{terms[0].name} trains a policy, and a reward model was given")
-    if order.lora is not None and not isinstance(policy, str | Path):
+    if order.adapter is not None and not isinstance(policy, str | Path):
         raise InputError("lora is for a policy given as a path", mend="Say load_policy(path, lora=…).")
-    if order.lora is not None and terms[0].kind == "reward":
-        raise InputError("reward models are trained in full: lora is not used", mend="Leave lora out.")
 
 
 def _wants_reference(order: _Order) -> bool:
@@ -179,8 +205,8 @@ def _refuse_unused(
 def _train(policy: Any, order: _Order, folder: RunDir, ranks: Ranks) -> Model:
     reward = order.terms[0].kind == "reward"
     owned = isinstance(policy, str | Path)
-    given: Model = ranks.together(lambda: _load(policy, reward, order.lora)) if owned else policy
-    config = _with_rate(order.config, order.terms, given.model)
+    given: Model = ranks.together(lambda: _load(policy, reward, order.adapter)) if owned else policy
+    config = _with_dtype(_with_rate(order.config, order.terms, given.model), given)
     start = start_digest(given)
     data = _prepared(order, order.groups, given, config)
     held_out = _prepared(order, order.eval_groups, given, config)
@@ -207,9 +233,13 @@ def _train(policy: Any, order: _Order, folder: RunDir, ranks: Ranks) -> Model:
             order.progress("train", 1, 1, f"{folder.path} holds this run, finished; nothing was trained")
         return _load(folder.model, reward)
     trained = _trained(given, reward, owned, config)
+    dtype = getattr(torch, config.dtype)
     live = _live_reference(order, reference, given, trained, lent=not owned and ranks.alone)
-    bones = None if ranks.alone else _spread(trained, live, ranks)
-    run = _run(order, config, data, held_out, trained, live, folder, ranks)
+    if live.model is not None and live.model is not trained.model:
+        live = replace(live, model=in_dtype(live.model, dtype))
+    bones = None if ranks.alone else _spread(trained, live, ranks, dtype)
+    masters = set_precision(trained.model, dtype) if ranks.alone else None
+    run = _run(order, config, data, held_out, trained, masters, live, folder, ranks)
     run.bones = bones
     fit(run)
     if bones is not None:
@@ -218,12 +248,16 @@ def _train(policy: Any, order: _Order, folder: RunDir, ranks: Ranks) -> Model:
     return trained
 
 
-def _spread(trained: Model, reference: Reference, ranks: Ranks) -> Any:
-    """Spread the models of a run over the processes; returns the first one's skeleton, for the end."""
+def _spread(trained: Model, reference: Reference, ranks: Ranks, dtype: torch.dtype) -> Any:
+    """Spread the models of a run over the processes; returns the skeleton of the trained one, for the end.
+
+    Where ``dtype`` is coarser than float32 FSDP does what :class:`MasterWeights` does in one process.
+    """
     bones, over = skeleton(trained.model), mesh(ranks)
-    shard(trained.model, over)
+    coarse = dtype if keep_fine(trained.model, dtype) else None
+    shard(trained.model, over, coarse)
     if reference.model is not None and reference.model is not trained.model:
-        shard(reference.model, over)
+        shard(reference.model, over, coarse)
     return bones
 
 
@@ -233,12 +267,14 @@ def _run(
     data: Prepared,
     held_out: Prepared,
     trained: Model,
+    masters: MasterWeights | None,
     reference: Reference,
     folder: RunDir,
     ranks: Ranks,
 ) -> Run:
     """Put the run together; the log-probs of the reference are computed here, once, for recorded data."""
     names = needed(order.terms)
+    release = _set_layers(trained.model, config, data.items, folder)
     if order.source is not None:
         steps = config.steps or order.source.steps(config.epochs)
         stream = 0
@@ -259,7 +295,7 @@ def _run(
         limit=config.max_length or context_of(trained.model),
         device=trained.device,
         ranks=ranks,
-        precision=str(next(trained.model.parameters()).dtype),
+        precision=config.dtype,
     )
     if order.source is None and names & REFERENCE_NAMES:
         reached = epoch_order(len(data.items), 0, config.seed)[:stream]  # all, unless the run is short
@@ -271,7 +307,7 @@ def _run(
         config=config,
         provider=provider,
         folder=folder,
-        optimizer=make_optimizer(trained.model, config),
+        optimizer=make_optimizer(masters.names if masters else trained.model.parameters(), config),
         steps=steps,
         items=data.items,
         stream=stream,
@@ -279,7 +315,20 @@ def _run(
         source=order.source,
         watch=order.watch,
         progress=order.progress if ranks.writes else None,
+        best=Best.of(config, folder.checkpoints / "best"),
+        masters=masters,
+        release=release,
     )
+
+
+def _set_layers(model: Any, config: TrainConfig, items: Sequence[Item], folder: RunDir) -> Callable[[], None]:
+    """Layers as the settings say; whether activations are recomputed is recorded with the run."""
+    recompute = config.gradient_checkpointing
+    if recompute == "auto":
+        tokens = max(config.max_tokens, *(item.size for item in items), 0)
+        recompute = needs_checkpointing(model, min(tokens, sum(item.size for item in items) or tokens))
+    folder.write(gradient_checkpointing=recompute)
+    return set_layers(model, recompute=recompute, compiled=config.compile, dropout=config.dropout)
 
 
 def _fill_reference(
@@ -300,9 +349,9 @@ def _fill_reference(
         told("reference", counts["groups"], counts["groups"], "; ".join([note, *trouble]).strip("; "))
 
 
-def make_optimizer(model: torch.nn.Module, config: TrainConfig) -> torch.optim.AdamW:
-    """AdamW over the trainable parameters; weight decay (decoupled) only on matrices."""
-    parameters = [p for p in model.parameters() if p.requires_grad]
+def make_optimizer(parameters: Iterable[Any], config: TrainConfig) -> torch.optim.AdamW:
+    """AdamW over those of the parameters that are trained; weight decay (decoupled) only on matrices."""
+    parameters = [p for p in parameters if p.requires_grad]
     groups = [
         {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": config.weight_decay},
         {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
@@ -316,20 +365,19 @@ def make_optimizer(model: torch.nn.Module, config: TrainConfig) -> torch.optim.A
 
 
 def _prepared(order: _Order, groups: list[CompletionGroup], given: Model, config: TrainConfig) -> Prepared:
-    """Tokenised groups; raises :class:`InputError` for one that is longer than the model can read."""
+    """Tokenised groups; raises :class:`InputError` for one that is longer than the model can read, and where
+    no completion ends with a stop token.
+    """
     if not groups:
         return Prepared([], {})
     data = prepare(groups, order.terms, given.tokenizer, config.max_length, config.layout, order.progress)
-    context = context_of(given.model)
-    if context is not None:
-        for item in data.items:
-            longest = max(len(sequence.ids) for sequence in item.tokens.sequences)
-            if longest > context:
-                raise InputError(
-                    f"prompt {item.prompt_id} with a completion has {longest} tokens; the model reads {context}",
-                    mend=f"Give max_length = {context} or less, or leave it out.",
-                )
-    return data
+    refuse_longer(data.items, context_of(given.model))
+    stops = given.stop_ids if isinstance(given, Policy) else stop_tokens(given.tokenizer)
+    ends = check_ends(data.items, given.tokenizer, stops, learns=order.terms[0].kind != "reward")
+    notes = [*data.about["notes"], *ends.pop("notes")]
+    if notes and order.progress is not None:
+        order.progress("data", len(data.items), len(data.items), "; ".join(notes))
+    return Prepared(data.items, {**data.about, "ends": ends, "notes": notes})
 
 
 def context_of(model: Any) -> int | None:
@@ -352,7 +400,13 @@ def _with_rate(config: TrainConfig, terms: Sequence[Term], model: Any) -> TrainC
     return config.model_copy(update={"learning_rate": rate})
 
 
-def _load(path: str | Path, reward: bool, lora: int | None = None) -> Model:
+def _with_dtype(config: TrainConfig, given: Model) -> TrainConfig:
+    """The configuration with the dtype that "auto" means on this device."""
+    dtype = resolved_dtype(config.dtype, given.device, dtype_of(given.model))
+    return config.model_copy(update={"dtype": str(dtype).removeprefix("torch.")})
+
+
+def _load(path: str | Path, reward: bool, adapter: Adapter | None = None) -> Model:
     """A model from its directory, or from a run directory (its ``model``)."""
     place = Path(path)
     if not (place / "config.json").is_file() and (place / "model" / "config.json").is_file():
@@ -360,17 +414,18 @@ def _load(path: str | Path, reward: bool, lora: int | None = None) -> Model:
     name = str(place) if place.is_dir() else path
     config = place / "config.json"
     if reward and config.is_file() and "ForSequenceClassification" in config.read_text("utf-8"):
-        return load_reward_model(name)
-    return load_policy(name, lora=lora)
+        return load_reward_model(name, **settings_of(adapter))
+    return load_policy(name, **settings_of(adapter))
 
 
 def _trained(given: Model, reward: bool, owned: bool, config: TrainConfig) -> Model:
     """The model that will be changed: never the caller's own. A new adapter is drawn anew from the seed, so
     that a run that is started again before its first checkpoint is the same run.
     """
-    if reward and not isinstance(given, RewardModel):
-        return RewardModel.from_policy(given, pooling=config.pooling)
-    trained = given if owned else given.copy()
+    if isinstance(given, Policy) and reward:
+        trained: Model = RewardModel.from_policy(given, pooling=config.pooling)
+    else:
+        trained = given if owned else given.copy()
     if fresh_adapter(trained.model):
         generator = torch.Generator().manual_seed(derived_seed(config.seed, "adapter", 0))
         with torch.no_grad():
@@ -402,7 +457,8 @@ def _live_reference(
     order: _Order, reference: Reference, given: Model, trained: Model, lent: bool
 ) -> Reference:
     """Give "start" its model: the adapter switched off where that is the same; the caller's own policy, if it
-    is ``lent``; or a copy. For recorded data the model in training serves, as it is asked before the first update only.
+    is ``lent``; or a copy. For recorded data the model in training serves, as it is asked before the first
+    update only.
     """
     if reference.kind != "start":
         return reference
@@ -427,15 +483,8 @@ def start_digest(given: Model) -> str:
     module = torch.nn.Module()
     for i, (_, parameter) in enumerate(rest):
         module.register_parameter(f"p{i}", torch.nn.Parameter(parameter.detach(), requires_grad=False))
-    return digest(weights_digest(module), [name for name, _ in rest], shapes)
+    recipe = asdict(given.recipe) if isinstance(given, RewardModel) else None
+    return digest(weights_digest(module), [name for name, _ in rest], shapes, scalings(given.model), recipe)
 
 
-def fresh_adapter(model: Any) -> bool:
-    """Whether the model has LoRA adapters that change nothing yet (all B matrices are zero)."""
-    if not hasattr(model, "peft_config"):
-        return False
-    second = [p for name, p in model.named_parameters() if "lora_B" in name]
-    return bool(second) and all(not p.any() for p in second)
-
-
-__all__ = ["fresh_adapter", "make_optimizer", "train"]
+__all__ = ["make_optimizer", "train"]

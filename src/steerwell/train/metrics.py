@@ -11,7 +11,7 @@ import math
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -58,6 +58,18 @@ class Totals:
         }
 
 
+class Sink(Protocol):
+    """A further place for figures; see :mod:`steerwell.train.sinks`."""
+
+    def write(self, step: int, figures: Mapping[str, float]) -> None:
+        """Take the figures of a step; steps rise."""
+        ...
+
+    def close(self, *, done: bool) -> None:
+        """The run has ended; ``done``: as it should."""
+        ...
+
+
 class MetricsFile:
     """``metrics.jsonl``: appended line by line; cut back to a known length when a run is continued.
 
@@ -68,6 +80,7 @@ class MetricsFile:
         """Open ``path`` and drop everything behind byte ``length`` (lines that no checkpoint covers)."""
         if not writes:
             path, length = Path(os.devnull), 0
+        self.sinks: list[Sink] = []  # that get every line too
         self._file = open(path, "ab")  # noqa: SIM115  (closed by close)
         if writes:
             self._file.truncate(length)
@@ -79,6 +92,10 @@ class MetricsFile:
         line = {"step": step, **{name: _plain(value) for name, value in values.items()}}
         self._file.write((json.dumps(line) + "\n").encode())
         self._file.flush()
+        if self.sinks:
+            figures = finite(line)
+            for sink in self.sinks:
+                sink.write(step, figures)
 
     def sync(self) -> int:
         """Force what was written to disk; returns the length of the file in bytes."""
@@ -97,10 +114,15 @@ def read_metrics(path: str | Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in Path(path).read_text("utf-8").splitlines() if line]
 
 
+def finite(line: Mapping[str, Any]) -> dict[str, float]:
+    """The figures of a line, without its step and without those that were not finite."""
+    return {name: value for name, value in line.items() if name != "step" and isinstance(value, int | float)}
+
+
 def _plain(value: Any) -> Any:
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     return value
 
 
-__all__ = ["MetricsFile", "Totals", "read_metrics"]
+__all__ = ["MetricsFile", "Sink", "Totals", "finite", "read_metrics"]

@@ -54,7 +54,7 @@ class Provider:
         Every process gets equally many.
         """
         mine = [items[i] for i in self.ranks.share([item.size for item in items])]
-        packed = pack([item.tokens for item in mine], self.max_tokens, self._layout())
+        packed = pack([item.tokens for item in mine], self.max_tokens, self.layout_of_models())
         found = [MicroBatch([mine[i] for i in members]) for members in packed]
         if not self.ranks.alone and items:
             idle = MicroBatch([min(items, key=lambda item: item.size)], live=False)
@@ -143,9 +143,9 @@ class Provider:
         return (total / max(1, count)).clamp(min=0).float()
 
     def _build(self, items: Sequence[Item]) -> Any:
-        return build([item.tokens for item in items], self._layout()).to(self.device)
+        return build([item.tokens for item in items], self.layout_of_models()).to(self.device)
 
-    def _layout(self) -> Layout:
+    def layout_of_models(self) -> Layout:
         """The layout that the model in training and the reference can both take."""
         reference = self.reference.model
         return layout_for(self.layout, self.model, *(() if reference is None else (reference,)))

@@ -77,12 +77,17 @@ def run_recipe(
         reference=recipe.reference,
         config=config,
         lora=recipe.lora,
+        adapter=recipe.adapter,
+        lora_alpha=recipe.lora_alpha,
+        lora_targets=recipe.lora_targets,
         progress=progress,
         watch=watch,
         **recipe.hyperparameters,
     )
     out = Path(recipe.out)
     record = json.loads((out / "run.json").read_text("utf-8"))
+    notes += (record.get("data") or {}).get("notes", [])
+    notes += [f"held out: {note}" for note in (record.get("eval_data") or {}).get("notes", [])]
     last = read_metrics(out / "metrics.jsonl")[-1:]
     return Trained(model, out, record, last[0] if last else {}, notes)
 

@@ -1,0 +1,55 @@
+"""The network of a reward model: a backbone with a linear head of one label (``score``)."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoModelForSequenceClassification, PreTrainedModel
+
+from steerwell.data.errors import InputError
+from steerwell.models.forward import adopt
+
+
+def classifier_on(source: PreTrainedModel, pad_id: int, path: str | None = None) -> Any:
+    """A classifier with one label on the very backbone of ``source``; its head is near zero, always the same.
+
+    Raises :class:`InputError` for an architecture without a sequence classifier in ``transformers``.
+    """
+    config = copy.deepcopy(source.config)
+    config.num_labels = 1
+    config.get_text_config().pad_token_id = config.pad_token_id = pad_id
+    config.architectures = None
+    try:
+        with torch.device("meta"):
+            model: Any = AutoModelForSequenceClassification.from_config(config, dtype=source.dtype)
+    except ValueError as error:
+        raise InputError(
+            f"{type(source).__name__} has no sequence classifier", mend="Choose another base model."
+        ) from error
+    check_classifier(model, path)
+    setattr(model, model.base_model_prefix, source.base_model)
+    noise = torch.Generator().manual_seed(0)
+    shape = model.score.weight.shape
+    head = torch.randn(shape, generator=noise) * 0.01 / shape[1] ** 0.5
+    model.score.weight = nn.Parameter(head.to(source.device, source.dtype))
+    adopt(model)
+    return model.eval()
+
+
+def check_classifier(model: Any, path: str | Path | None) -> None:
+    """Raise :class:`InputError` unless the model has one label and a linear head called ``score``."""
+    if getattr(model.config, "num_labels", None) != 1 or not isinstance(
+        getattr(model, "score", None), nn.Linear
+    ):
+        raise InputError(
+            f"{type(model).__name__} with {model.config.num_labels} labels is not a reward model",
+            file=path,
+            mend="A reward model is a sequence classifier with one label.",
+        )
+
+
+__all__ = ["check_classifier", "classifier_on"]
