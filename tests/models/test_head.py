@@ -90,6 +90,30 @@ def test_values_and_gradients_equal_the_plain_formula(
             torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-9)
 
 
+@pytest.mark.parametrize("parts", [set(), {"bias", "up"}])
+@pytest.mark.parametrize("keep", [33, 40])
+def test_some_positions_kept_and_the_rest_made_again(
+    parts: set[str], keep: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Chunks of 16 of 40 positions: 32 are kept, or all. Rows are passed over two at a time."""
+    monkeypatch.setattr(room, "CHUNK_CPU", 16 * V)
+    monkeypatch.setattr(room, "KEEP_CPU", keep * V)
+    monkeypatch.setattr(room, "CACHED", 2 * V)
+    made = counted(monkeypatch)
+    x = leaves(3, dtype=torch.float64)
+    hidden = torch.randn(40, E, dtype=torch.float64, requires_grad=True)
+    target = torch.arange(40) % V
+    one = of(x, parts, 0.7, None)
+    found, upstream = token_logps(hidden, one, target), torch.linspace(-1, 2, 40, dtype=torch.float64)
+    expected, _ = plain(hidden, one, target, 1.0)
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+    learned = [hidden, x["weight"], *(x[name] for name in ("bias", "down", "up") if parts)]
+    grads = [torch.autograd.grad((v * upstream).sum(), learned) for v in (found, expected)]
+    for a, b in zip(*grads, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-11)
+    assert sum(shape[0] for shape in made) == {33: 40 + 8, 40: 40}[keep]
+
+
 def test_the_entropy_alone_has_a_gradient() -> None:
     x = leaves(0, dtype=torch.float64)
     target = torch.zeros(S, dtype=torch.long)
@@ -178,7 +202,8 @@ def test_no_more_logits_than_a_chunk(monkeypatch: pytest.MonkeyPatch) -> None:
     made.clear()
     monkeypatch.setattr(room, "KEEP_CPU", (s - 1) * 272)
     per_token_logps(model, batch).sum().backward()
-    assert sum(shape[0] for shape in made) == 2 * s  # too many to keep
+    kept = (s - 1) // 16 * 16
+    assert sum(shape[0] for shape in made) == s + s - kept  # too many to keep all: whole chunks are kept
 
 
 def test_a_frozen_head_runs_once_and_nothing_is_kept_without_a_backward_pass(monkeypatch) -> None:

@@ -9,11 +9,13 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from small_runs import LengthJudge, pair_groups, text_group, tiny_policy
 
 from steerwell.data.errors import InputError
 from steerwell.data.types import Pair
 from steerwell.models.load import Policy, RewardModel, load_policy
+from steerwell.models.tree_plan import TreePlan
 from steerwell.train import TrainingError, preflight, rollouts, train
 from steerwell.train.preflight import LN2
 from tiny import tiny_llama, tiny_policy_dir, tiny_tokenizer

@@ -20,6 +20,8 @@ from steerwell.models.attention import unwrap
 
 # Logits held at once: 64 MiB in fp32 on a CPU, 512 MiB on an accelerator.
 CHUNK_CPU, CHUNK_ACCELERATOR = 2**24, 2**27
+# Logits that several passes are made over while they lie in the cache of a CPU: 1 MiB in fp32.
+CACHED = 2**18
 # Probabilities kept for the backward pass, at most: 256 MiB in fp32 on a CPU, 2 GiB in bf16 on an accelerator.
 KEEP_CPU, KEEP_ACCELERATOR = 2**26, 2**30
 
@@ -143,9 +145,12 @@ def token_logps(
     """
     cpu = hidden.device.type == "cpu"
     vocabulary = head.weight.shape[0]
-    keep = chunk or (KEEP_CPU if cpu else KEEP_ACCELERATOR) // vocabulary
     if chunk is None:
         chunk = max(16, (CHUNK_CPU if cpu else CHUNK_ACCELERATOR) // vocabulary)
+        keep = (KEEP_CPU if cpu else KEEP_ACCELERATOR) // vocabulary
+        keep = len(target) if len(target) <= keep else keep - keep % chunk
+    else:
+        keep = len(target) if len(target) <= chunk else 0
     low = up = None
     if head.adapters:
         low = torch.cat([adapter.project(hidden) for adapter in head.adapters], 1)
@@ -157,7 +162,7 @@ def token_logps(
         chunk,
         entropy,
         learning=torch.is_grad_enabled(),
-        keep=len(target) <= keep,
+        keep=keep,
     )
     hidden = hidden.to(head.weight.dtype)
     logps, entropies = _HeadLogps.apply(hidden, head.weight, head.bias, low, up, target, settings)
@@ -172,7 +177,7 @@ class _Settings:
     chunk: int
     entropy: bool
     learning: bool  # whether a backward pass may follow
-    keep: bool
+    keep: int  # for so many positions, the first ones, probabilities may be kept
 
     @property
     def factor(self) -> float:
@@ -198,6 +203,21 @@ def _logits(hidden, weight, bias, low, up, settings: _Settings, out: Tensor | No
     return z
 
 
+def _exponentials(z: Tensor) -> tuple[Tensor, Tensor]:
+    """Turn logits (c, V) into exp(z - top) in place; returns the row's maximum ``top`` and the sums, (c, 1) each."""
+    parts = []
+    for few in z.split(_rows_at_once(z)):
+        top = few.amax(1, keepdim=True)
+        parts.append((top, few.sub_(top).exp_().sum(1, keepdim=True)))
+    top, total = zip(*parts, strict=True)
+    return torch.cat(top), torch.cat(total)
+
+
+def _rows_at_once(z: Tensor) -> int:
+    """How many rows to pass over again and again: on a CPU what stays in its cache, elsewhere all of them."""
+    return max(1, CACHED // z.shape[1]) if z.device.type == "cpu" else len(z)
+
+
 def _working(weight: Tensor) -> torch.dtype:
     return torch.promote_types(weight.dtype, torch.float32)
 
@@ -221,8 +241,8 @@ class _HeadLogps(torch.autograd.Function):
     ``onehot(y) - p``, and that of the entropy H is ``-p * (log p + H)``. The forward pass keeps either
 
     - ``ahead``: ``(p - onehot) @ weight`` (S, E), all that is needed where the head itself is not trained,
-    - ``kept``: ``p - onehot``, up to a factor per row, while it fits into the budget, or
-    - nothing but the log-sum-exp of each position: then the backward pass makes p again.
+    - ``kept``: ``p - onehot``, up to a factor per row, of as many positions as fit into the budget, and
+    - of all others nothing but the log-sum-exp: for these the backward pass makes p again.
     """
 
     @staticmethod
@@ -234,33 +254,40 @@ class _HeadLogps(torch.autograd.Function):
         needs = ctx.needs_input_grad
         simple = settings.learning and settings.cap is None and not settings.entropy
         ahead = hidden.new_empty(hidden.shape) if simple and needs[0] and not any(needs[1:5]) else None
-        kept = None
+        kept: Any = None
         if simple and ahead is None and any(needs[:5]) and settings.keep:
-            kept = weight.new_empty(n, len(weight))
-        buffer: Any = kept
-        if exact and kept is None:
+            kept = weight.new_empty(settings.keep, len(weight))
+        n_kept = 0 if kept is None else len(kept)
+        buffer: Any = None
+        if exact and n_kept < n:
             buffer = hidden.new_empty(min(n, settings.chunk), len(weight))
         for i in range(0, n, settings.chunk):
             j = min(i + settings.chunk, n)
-            out = None if not exact else kept[i:j] if kept is not None else buffer[: j - i]
+            keep_here = kept[i:j] if kept is not None and j <= n_kept else None
+            out = None if not exact else buffer[: j - i] if keep_here is None else keep_here
             z = _logits(hidden[i:j], weight, bias, None if low is None else low[i:j], up, settings, out)
             y = target[i:j, None]
-            top = z.amax(1, keepdim=True)
-            z -= top
-            picked = z.gather(1, y)
-            p = z.exp() if entropies is not None else z.exp_()
-            total = p.sum(1, keepdim=True)
+            if entropies is None:
+                picked = z.gather(1, y)
+                p, (top, total) = z, _exponentials(z)
+                picked -= top
+            else:
+                top = z.amax(1, keepdim=True)
+                z -= top
+                picked = z.gather(1, y)
+                p = z.exp()
+                total = p.sum(1, keepdim=True)
             log_total = total.log()
             logps[i:j] = (picked - log_total)[:, 0]
-            norm[i:j] = (total if kept is not None else log_total + top)[:, 0]
+            norm[i:j] = (log_total + top if keep_here is None else total)[:, 0]
             if entropies is not None:
                 entropies[i:j] = (log_total - p.mul_(z).sum(1, keepdim=True).div_(total))[:, 0]
-            elif ahead is not None or kept is not None:
+            elif ahead is not None or keep_here is not None:
                 p.scatter_add_(1, y, -total)
                 if ahead is not None:
                     ahead[i:j] = (p.to(weight.dtype) @ weight).div_(total)
-                elif kept is not None and not exact:
-                    kept[i:j] = p
+                elif keep_here is not None and not exact:
+                    keep_here.copy_(p)
         ctx.save_for_backward(hidden, weight, bias, low, up, target, norm, entropies, kept, ahead)
         ctx.settings = settings
         return logps, entropies
@@ -274,12 +301,15 @@ class _HeadLogps(torch.autograd.Function):
         if ahead is not None:
             return (ahead * row).to(hidden.dtype), *[None] * 6
         sums = _Sums(needs[:5], hidden, weight, bias, low, up)
+        n, n_kept = len(target), 0
         if kept is not None:
-            sums.add(slice(None), kept, row / norm[:, None])
-            return *sums.results(), None, None
-        n = len(target)
-        buffer = hidden.new_empty(min(n, settings.chunk), len(weight)) if weight.dtype == work else None
-        for i in range(0, n, settings.chunk):
+            n_kept = len(kept)
+            part = slice(None) if n_kept == n else slice(0, n_kept)
+            sums.add(part, kept, row[:n_kept] / norm[:n_kept, None])
+        buffer = None
+        if weight.dtype == work and n_kept < n:
+            buffer = hidden.new_empty(min(n - n_kept, settings.chunk), len(weight))
+        for i in range(n_kept, n, settings.chunk):
             part = slice(i, min(i + settings.chunk, n))
             z = _logits(
                 hidden[part],
@@ -293,11 +323,14 @@ class _HeadLogps(torch.autograd.Function):
             slope = None
             if settings.cap is not None:  # derivative of the softcap, before z becomes probabilities
                 slope = 1 - (z / (settings.cap * settings.inverse_temperature)).square_()
-            z -= norm[part, None]
             y, factor = target[part, None], row[part]
             if entropies is None:
-                p = z.exp_().scatter_add_(1, y, -torch.ones_like(factor))
+                few = _rows_at_once(z)
+                for some, own_norm in zip(z.split(few), norm[part, None].split(few), strict=True):
+                    some.sub_(own_norm).exp_()
+                p = z.scatter_add_(1, y, -torch.ones_like(factor))
             else:
+                z -= norm[part, None]
                 assert grad_entropy is not None
                 own = grad_entropy[part, None].to(work) * -settings.factor
                 p = z.exp()

@@ -1,0 +1,83 @@
+"""The benchmark scripts start, and what can be checked without a peer or a GPU is checked."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+FOLDER = Path(__file__).parents[1] / "benchmarks"
+ROW = [[10, 11, 12], [13, 14], [15]]
+
+
+def run(script: str, *options: str) -> subprocess.CompletedProcess[str]:
+    environment = {k: v for k, v in os.environ.items() if k != "STEERWELL_PEER_PYTHON"}
+    environment |= {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+    return subprocess.run(
+        [sys.executable, str(FOLDER / script), *options], capture_output=True, text=True, env=environment
+    )
+
+
+def load(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(f"benchmark_{name}", FOLDER / f"{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    path = list(sys.path)
+    try:
+        spec.loader.exec_module(module)
+    finally:
+        sys.path[:] = path
+    return module
+
+
+@pytest.mark.parametrize("script", ["train_vs_trl.py", "growth.py", "gpu.py"])
+def test_scripts_say_what_they_do(script: str) -> None:
+    done = run(script, "--help")
+    assert done.returncode == 0, done.stderr
+    assert "python benchmarks/" in done.stdout
+
+
+def test_a_missing_peer_is_said() -> None:
+    done = run("train_vs_trl.py")
+    assert done.returncode == 2
+    assert "--peer PYTHON" in done.stderr
+
+
+def test_the_gpu_script_checks_itself_on_a_cpu() -> None:
+    done = run("gpu.py", "--self-check")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == "self-check passed"
+
+
+def test_useful_flops_by_hand() -> None:
+    """One pair: prompt 3, completions 2 and 1 and an end token each: 3 + 3 + 2 tokens, 5 of them scored."""
+    weights = 2 * (16 * (2 * 16 + 2 * 8) + 3 * 16 * 48)  # two layers: q and o 16x16, k and v 16x8, mlp 16x48
+    seen = 6 + (3 * 3 + 6) + (2 * 3 + 3)  # prompt 1+2+3; 3 queries on 3 keys and 1+2+3; 2 on 3 and 1+2
+    forward = 2 * weights * 8 + 2 * 4 * 16 * seen + 2 * 16 * 100 * 5
+    script: Any = load("train_vs_trl")
+    args = {"vocab": 100, "hidden": 16, "layers": 2, "epochs": 1, "cached": False}
+    for method, passes in (("dpo", 4), ("kto", 6)):
+        found = script.useful_flops(script.argparse.Namespace(method=method, **args), [ROW], 0)
+        assert found == passes * forward
+    cached = script.argparse.Namespace(method="dpo", **(args | {"cached": True}))
+    assert script.useful_flops(cached, [ROW], 0) == 3 * forward
+
+    gpu: Any = load("gpu")
+    size = {"vocab": 100, "hidden": 16, "layers": 2, "heads": 8, "kv": 4, "head": 2, "mlp": 48}
+    assert gpu.step_flops([ROW], size) == 3 * forward
+    attention = 2 * 4 * 16 * seen
+    assert gpu.step_flops([ROW], size, full=False) == 2 * (forward - attention) + 3 * attention
+
+
+def test_pairs_of_the_growth_benchmark_are_the_same_each_time() -> None:
+    script: Any = load("growth")
+    pairs = script.Pairs(5, prompt=20, completion=10)
+    assert [g.prompt_id for g in pairs] == [g.prompt_id for g in pairs[0:5]]
+    assert len({g.prompt_id for g in pairs}) == 5
