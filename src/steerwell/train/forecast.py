@@ -107,20 +107,26 @@ class Forecast:
         return beside + skel.weights
 
     @cached_property
-    def traces(self) -> tuple[Trace, Trace]:
-        """Training passes over the largest micro-batch and over about half of it."""
-        return self._traced(most(self.census.micro_batches), backward=True)
+    def largest(self) -> list[Item]:
+        """The largest micro-batch of training."""
+        return most(self.census.micro_batches)
 
     @cached_property
-    def reading_traces(self) -> tuple[Trace, Trace] | None:
-        """Passes without gradient over the largest micro-batch that is read so."""
-        largest = most(self.reading) if self.reading else None
-        if largest is None and self.job.source is None:
-            return None
-        return self._traced(largest or most(self.census.micro_batches), backward=False)
+    def largest_read(self) -> list[Item] | None:
+        """The largest micro-batch that is read without gradient; None where there is none."""
+        if self.reading:
+            return most(self.reading)
+        return self.largest if self.job.source is not None else None
 
-    def _traced(self, items: list[Item], *, backward: bool) -> tuple[Trace, Trace]:
-        return self._trace(items, backward), self._trace(_half(items), backward)
+    @cached_property
+    def training_trace(self) -> Trace:
+        """A training pass over the largest micro-batch."""
+        return self._trace(self.largest, True)
+
+    @cached_property
+    def reading_trace(self) -> Trace | None:
+        """A pass without gradient over the largest micro-batch that is read so."""
+        return self._trace(self.largest_read, False) if self.largest_read else None
 
     def _trace(self, items: list[Item], backward: bool) -> Trace:
         return trace(
@@ -141,7 +147,7 @@ class Forecast:
     @property
     def products(self) -> Counter[Product]:
         """The matrix products of the largest training pass."""
-        large = self.traces[0]
+        large = self.training_trace
         return large.body.products + large.head.products
 
     @property
@@ -160,8 +166,7 @@ class Forecast:
             cache=self._cache(),
             reserved=reserved,
         )
-        reading = self.reading_traces
-        return peak(holding, self.traces[0], reading[0] if reading else None)
+        return peak(holding, self.training_trace, self.reading_trace)
 
     def _cache(self) -> int:
         source = self.job.source
@@ -182,15 +187,15 @@ class Forecast:
 
     def costs(self, machine: Machine) -> tuple[duration.Cost, duration.Cost | None]:
         """The cost of a training pass, and of one without gradient."""
-        largest = most(self.census.micro_batches)
-        training = self._cost(self.traces, largest, machine)
-        if self.reading_traces is None:
+        training = self._cost(self.training_trace, self.largest, True, machine)
+        if self.reading_trace is None or self.largest_read is None:
             return training, None
-        read = most(self.reading) if self.reading else largest
-        return training, self._cost(self.reading_traces, read, machine)
+        return training, self._cost(self.reading_trace, self.largest_read, False, machine)
 
-    def _cost(self, traces: tuple[Trace, Trace], items: list[Item], machine: Machine) -> duration.Cost:
-        return duration.cost(*traces, (self._area([items]), self._area([_half(items)])), machine)
+    def _cost(self, large: Trace, items: list[Item], backward: bool, machine: Machine) -> duration.Cost:
+        less = _half(items)
+        areas = self._area([items]), self._area([less])
+        return duration.cost(large, self._trace(less, backward), areas, machine)
 
     @cached_property
     def work(self) -> _Work:
@@ -259,10 +264,10 @@ class Forecast:
     @property
     def flops(self) -> float:
         """Floating-point operations of training, two per multiply-add, recomputation included."""
-        large = self.traces[0]
+        large = self.training_trace
         per_token = large.body.flops / large.tokens
         per_scored = large.head.flops / max(1, large.scored)
-        attention = large.body.attention / max(1.0, self._area([most(self.census.micro_batches)]))
+        attention = large.body.attention / max(1.0, self._area([self.largest]))
         tokens, scored, area, _ = self.work.training
         return per_token * tokens + per_scored * scored + attention * area
 

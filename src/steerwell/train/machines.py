@@ -221,23 +221,27 @@ def _bandwidth(device: torch.device, dtype: torch.dtype) -> float:
     """Bytes per second of one elementwise operation on 8 MiB of numbers: two read, one written."""
     count = 8 * MiB // dtype.itemsize
     a, b = (torch.randn(count, device=device).to(dtype) for _ in range(2))
-    return 3.0 * count * dtype.itemsize / _quickest(lambda: a * b, device)
+    return 3.0 * count * dtype.itemsize / _quickest(lambda: a * b, device, 0.06, 40)
 
 
 def _quickest(once: Callable[[], Any], device: torch.device, least: float = 0.012, tries: int = 12) -> float:
-    """Median seconds of a call, after one that warms up."""
+    """Seconds of a call, the least of several after one that warms up.
+
+    On one thread of a CPU they are seconds of that thread: others at work on the machine do not count.
+    """
+    clock = time.thread_time if device.type == "cpu" and torch.get_num_threads() == 1 else time.perf_counter
     once()
     taken: list[float] = []
     begin = time.perf_counter()
     while len(taken) < 3 or (time.perf_counter() - begin < least and len(taken) < tries):
         if device.type == "cuda":
             torch.cuda.synchronize(device)
-        start = time.perf_counter()
+        start = clock()
         once()
         if device.type == "cuda":
             torch.cuda.synchronize(device)
-        taken.append(time.perf_counter() - start)
-    return sorted(taken)[len(taken) // 2]
+        taken.append(clock() - start)
+    return max(1e-9, min(taken))
 
 
 def own_memory() -> int:

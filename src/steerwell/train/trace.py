@@ -22,9 +22,11 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from torch.utils.checkpoint import checkpoint
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from steerwell.models.batch import Batch
 from steerwell.models.forward import (
@@ -174,23 +176,16 @@ def _handing_on(model: Any, wanted: bool) -> Iterator[None]:
 
 @contextmanager
 def recomputing(model: Any, wanted: bool) -> Iterator[None]:
-    """Gradient checkpointing of whole layers inside, off again afterwards."""
-    if not wanted:
-        yield
-        return
-    model.gradient_checkpointing_enable({"use_reentrant": False})
-    dropouts = [m for m in model.modules() if isinstance(m, nn.Dropout)]
-    rates = [m.p for m in dropouts]
-    for module in dropouts:
-        module.p = 0.0
-    model.train()
+    """Each decoder layer keeps its input only, and is computed again in the backward pass; off again afterwards."""
+    layers = [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)] if wanted else []
+    for layer in layers:
+        plain = partial(type(layer).forward, layer)
+        layer.forward = partial(checkpoint, plain, use_reentrant=False, preserve_rng_state=False)
     try:
         yield
     finally:
-        model.eval()
-        model.gradient_checkpointing_disable()
-        for module, rate in zip(dropouts, rates, strict=True):
-            module.p = rate
+        for layer in layers:
+            del layer.forward
 
 
 class _Recorder(TorchDispatchMode):
