@@ -122,7 +122,7 @@ def test_tokens_and_steps_are_those_of_the_run(
 def test_micro_batches_are_those_of_the_loop() -> None:
     terms, config = checked("dpo", {"batch_size": 5, "max_tokens": 150, "epochs": 2.0}, {})
     data = prepare(pair_groups(13), terms, tiny_tokenizer(), None)
-    census = recorded(data, Prepared([], {}), config, 0.0)
+    census = recorded(data, Prepared([], {}), config, "tree")
     cut: list[list[str]] = []
     for step in range(census.steps):
         items = [data.items[i] for i in shuffled(13, step, 5, config.seed, 26)]

@@ -102,15 +102,11 @@ def pack(groups: Seq[TokenizedGroup], max_tokens: int, layout: Layout = "auto") 
     A group that is too long by itself gets a micro-batch of its own. Returns indices into ``groups``,
     ascending inside each micro-batch. First-fit, longest first, so that few micro-batches are needed.
     """
-    return first_fit([n_tokens(group, layout) for group in groups], max_tokens)
-
-
-def first_fit(sizes: Seq[int], room: int) -> list[list[int]]:
-    """Indices of ``sizes`` in bins of at most ``room`` each, as :func:`pack` cuts groups into micro-batches."""
+    sizes = [n_tokens(group, layout) for group in groups]
     bins: list[tuple[int, list[int]]] = []
     for i in sorted(range(len(sizes)), key=lambda i: (-sizes[i], i)):
         for b, (used, members) in enumerate(bins):
-            if used + sizes[i] <= room:
+            if used + sizes[i] <= max_tokens:
                 members.append(i)
                 bins[b] = (used + sizes[i], members)
                 break
@@ -259,4 +255,4 @@ def _flat_positions(runs: Seq[_Run], end: int, first: int, stop: int) -> list[in
     return [i for part in reversed(parts) for i in part]
 
 
-__all__ = ["Batch", "Layout", "build", "first_fit", "n_tokens", "pack", "rows", "tree"]
+__all__ = ["Batch", "Layout", "build", "n_tokens", "pack", "rows", "tree"]

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from steerwell.data.types import CompletionGroup
-from steerwell.models.batch import Layout, first_fit, n_tokens
+from steerwell.models.batch import Layout, n_tokens, pack
 from steerwell.models.render import Sequence as TokenSequence
 from steerwell.models.render import TokenizedGroup, tokenize_prompts
 from steerwell.train.config import TrainConfig
@@ -63,7 +63,12 @@ class Census:
 
 
 def recorded(
-    data: Prepared, held_out: Prepared, config: TrainConfig, seconds: float, devices: int = 1
+    data: Prepared,
+    held_out: Prepared,
+    config: TrainConfig,
+    layout: Layout,
+    seconds: float = 0.0,
+    devices: int = 1,
 ) -> Census:
     """The census of recorded data. ``seconds`` went into tokenising; each of ``devices`` takes its share of the
     groups of a step.
@@ -72,10 +77,10 @@ def recorded(
     steps = config.steps or steps_in(len(items), config.batch_size, config.epochs)
     stream = steps * config.batch_size if config.steps else passes(len(items), config.epochs)
     walked = min(steps, STEPS_WALKED)
-    cut: list[list[Item]] = []
+    found: list[list[Item]] = []
     for step in range(walked):
         places = shuffled(len(items), step, config.batch_size, config.seed, stream)[::devices]
-        cut += _cut([items[i] for i in places], config.max_tokens)
+        found += cut([items[i] for i in places], config.max_tokens, layout)
     return Census(
         about=data.about,
         tokens_rows=sum(n_tokens(item.tokens, "rows") for item in items),
@@ -85,7 +90,7 @@ def recorded(
         steps=steps,
         items=items,
         eval_items=held_out.items,
-        micro_batches=cut,
+        micro_batches=found,
         walked=walked,
         passes=stream / max(1, len(items)),
         seconds=seconds,
@@ -108,7 +113,12 @@ def tokenised(
 
 
 def sampled(
-    source: Rollouts, tokenizer: Any, config: TrainConfig, context: int | None, devices: int = 1
+    source: Rollouts,
+    tokenizer: Any,
+    config: TrainConfig,
+    layout: Layout,
+    context: int | None,
+    devices: int = 1,
 ) -> Census:
     """The census of rollouts: from the prompts, as if no completion stopped before ``max_new_tokens``."""
     begin = time.process_time()
@@ -121,14 +131,14 @@ def sampled(
         # completions that begin differently, so that nothing but the prompt is shared
         drawn = [TokenSequence([*ids, *[k + 1] * max(1, room)], len(ids)) for k in range(source.n)]
         group = TokenizedGroup(drawn, CompletionGroup(prompt.messages), [False] * source.n)
-        items.append(_bare(group, prompt.id))
+        items.append(_bare(group, prompt.id, layout))
     steps = config.steps or source.steps(config.epochs)
     sets = max(1, steps // source.updates)
-    cut: list[list[Item]] = []
+    found: list[list[Item]] = []
     walked = min(sets, STEPS_WALKED // source.updates or 1)
     for number in range(walked):
         places = shuffled(len(items), number, source.prompts_per_step, config.seed)[::devices]
-        cut += _cut([items[i] for i in places], config.max_tokens) * source.updates
+        found += cut([items[i] for i in places], config.max_tokens, layout) * source.updates
     about = {
         "groups": len(items),
         "completions": sum(len(item.lengths) for item in items),
@@ -144,7 +154,7 @@ def sampled(
         steps=steps,
         items=items,
         eval_items=[],
-        micro_batches=cut,
+        micro_batches=found,
         walked=walked * source.updates,
         passes=sets * source.prompts_per_step / len(items),
         seconds=time.process_time() - begin,
@@ -152,18 +162,15 @@ def sampled(
     )
 
 
-def _bare(group: TokenizedGroup, prompt_id: str) -> Item:
+def _bare(group: TokenizedGroup, prompt_id: str, layout: Layout) -> Item:
     lengths = [len(s.ids) - s.n_prompt for s in group.sequences]
-    return Item(group, prompt_id, n_tokens(group), lengths, [], [], [], [], [], [])
+    return Item(group, prompt_id, n_tokens(group, layout), lengths, [], [], [], [], [], [])
 
 
-def cut_for(items: Sequence[Item], max_tokens: int) -> list[list[Item]]:
-    """Items cut into micro-batches, as an evaluation or the reference pass cuts them."""
-    return _cut(items, max_tokens)
-
-
-def _cut(items: Sequence[Item], max_tokens: int) -> list[list[Item]]:
-    return [[items[i] for i in members] for members in first_fit([item.size for item in items], max_tokens)]
+def cut(items: Sequence[Item], max_tokens: int, layout: Layout) -> list[list[Item]]:
+    """Items cut into micro-batches as every pass cuts them."""
+    members = pack([item.tokens for item in items], max_tokens, layout)
+    return [[items[i] for i in some] for some in members]
 
 
 def _padded(items: Sequence[Item], config: TrainConfig) -> int:
@@ -206,4 +213,4 @@ def _longest(items: Sequence[Item]) -> list[Row]:
     return found
 
 
-__all__ = ["Census", "Row", "cut_for", "recorded", "sampled", "tokenised"]
+__all__ = ["Census", "Row", "cut", "recorded", "sampled", "tokenised"]

@@ -15,7 +15,7 @@ from steerwell.models import batch as batches
 from steerwell.models.batch import Layout, build
 from steerwell.models.render import TokenizedGroup
 from steerwell.train import duration
-from steerwell.train.census import Census, cut_for, recorded, sampled
+from steerwell.train.census import Census, cut, recorded, sampled
 from steerwell.train.config import TrainConfig
 from steerwell.train.items import Item
 from steerwell.train.job import Job
@@ -74,9 +74,9 @@ class Forecast:
     def census(self) -> Census:
         job, config = self.job, self.config
         if job.source is not None:
-            return sampled(job.source, job.tokenizer, config, job.context, self.devices)
+            return sampled(job.source, job.tokenizer, config, self.layout, job.context, self.devices)
         data, held_out, seconds = job.items(config, self.layout)
-        return recorded(data, held_out, config, seconds, self.devices)
+        return recorded(data, held_out, config, self.layout, seconds, self.devices)
 
     @cached_property
     def reading(self) -> list[list[Item]]:
@@ -84,7 +84,7 @@ class Forecast:
         found = list(self.census.eval_items)
         if self.needs_reference and self.job.source is None:
             found = [*self.census.items, *found]
-        return cut_for(found, self.config.max_tokens)
+        return cut(found, self.config.max_tokens, self.layout)
 
     @property
     def needs_reference(self) -> bool:
@@ -182,8 +182,8 @@ class Forecast:
     def tree(self) -> bool:
         return self.layout == "tree"
 
-    def _area(self, cut: list[list[Item]]) -> float:
-        return duration.areas([[item.tokens for item in items] for items in cut], self.tree)
+    def _area(self, read: list[list[Item]]) -> float:
+        return duration.areas([[item.tokens for item in items] for items in read], self.tree)
 
     def costs(self, machine: Machine) -> tuple[duration.Cost, duration.Cost | None]:
         """The cost of a training pass, and of one without gradient."""
@@ -332,8 +332,8 @@ def _work(forecast: Forecast) -> _Work:
     if census.eval_items:
         every = forecast.config.eval_every
         times = 2 + ((census.steps - 1) // every if every else 0)
-        cut = cut_for(census.eval_items, forecast.config.max_tokens)
-        evaluation = _sums(forecast, cut, times * (3 if kl else 1))
+        read = cut(census.eval_items, forecast.config.max_tokens, forecast.layout)
+        evaluation = _sums(forecast, read, times * (3 if kl else 1))
     if job.source is not None and job.recipe.reference != "none":
         reference = training
     elif needed(job.terms) & REFERENCE_NAMES:
@@ -345,10 +345,10 @@ def _work(forecast: Forecast) -> _Work:
     return _Work(training, reference, evaluation)
 
 
-def _sums(forecast: Forecast, cut: list[list[Item]], times: float) -> Sums:
-    tokens = sum(item.size for items in cut for item in items)
-    scored = sum(sum(item.lengths) for items in cut for item in items)
-    return times * tokens, times * scored, times * forecast._area(cut), times * len(cut)
+def _sums(forecast: Forecast, read: list[list[Item]], times: float) -> Sums:
+    tokens = sum(item.size for items in read for item in items)
+    scored = sum(sum(item.lengths) for items in read for item in items)
+    return times * tokens, times * scored, times * forecast._area(read), times * len(read)
 
 
 def most(cut: list[list[Item]]) -> list[Item]:

@@ -198,7 +198,7 @@ def _rate(shape: Product, device: torch.device, dtype: torch.dtype) -> float:
     """Operations per second of a product of this shape, the second operand as weights lie (transposed)."""
     a = torch.randn(shape.m, shape.k, device=device).to(dtype)
     b = torch.randn(shape.n, shape.k, device=device).to(dtype).t()
-    return 2.0 * math.prod(shape) / _quickest(lambda: a @ b, device)
+    return 2.0 * math.prod(shape) / _typical(lambda: a @ b, device)
 
 
 def _attention_rate(heads: tuple[int, int], device: torch.device, dtype: torch.dtype) -> float:
@@ -213,7 +213,7 @@ def _attention_rate(heads: tuple[int, int], device: torch.device, dtype: torch.d
         torch.autograd.grad(out.sum(), (q, k, v))
 
     with torch.enable_grad():
-        taken = _quickest(once, device)
+        taken = _typical(once, device)
     return 2.0 * number * length * length * 7 * size / taken
 
 
@@ -221,13 +221,13 @@ def _bandwidth(device: torch.device, dtype: torch.dtype) -> float:
     """Bytes per second of one elementwise operation on 8 MiB of numbers: two read, one written."""
     count = 8 * MiB // dtype.itemsize
     a, b = (torch.randn(count, device=device).to(dtype) for _ in range(2))
-    return 3.0 * count * dtype.itemsize / _quickest(lambda: a * b, device, 0.06, 40)
+    return 3.0 * count * dtype.itemsize / _typical(lambda: a * b, device, 0.06, 40)
 
 
-def _quickest(once: Callable[[], Any], device: torch.device, least: float = 0.012, tries: int = 12) -> float:
-    """Seconds of a call, the least of several after one that warms up.
+def _typical(once: Callable[[], Any], device: torch.device, least: float = 0.025, tries: int = 16) -> float:
+    """Seconds of a call, the median of several after one that warms up.
 
-    On one thread of a CPU they are seconds of that thread: others at work on the machine do not count.
+    On one thread of a CPU they are seconds of that thread: the time that others have the processor does not count.
     """
     clock = time.thread_time if device.type == "cpu" and torch.get_num_threads() == 1 else time.perf_counter
     once()
@@ -241,7 +241,7 @@ def _quickest(once: Callable[[], Any], device: torch.device, least: float = 0.01
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         taken.append(clock() - start)
-    return max(1e-9, min(taken))
+    return max(1e-9, sorted(taken)[len(taken) // 2])
 
 
 def own_memory() -> int:
