@@ -143,17 +143,23 @@ def _made(kind: Any, config: Any, dtype: torch.dtype, path: str) -> Any:
 def _adapted(model: Any, rank: int, adapter: str, targets: Any) -> Any:
     from peft import LoraConfig, get_peft_model
 
+    score = getattr(model, "score", None)
+    heads = {id(model.get_output_embeddings()), id(score)}
+    linear = [name for name, m in model.named_modules() if isinstance(m, nn.Linear) and id(m) not in heads]
     settings = LoraConfig(
         r=rank,
         lora_alpha=2 * rank,
         lora_dropout=0.0,
-        target_modules=list(targets) if targets else "all-linear",
-        task_type="CAUSAL_LM",
+        target_modules=list(targets) if targets else linear,
+        task_type=None if score is not None else "CAUSAL_LM",
         use_dora=adapter == "dora",
     )
     with warnings.catch_warnings(), torch.device("meta"):
         warnings.simplefilter("ignore")
-        return get_peft_model(model, settings, autocast_adapter_dtype=False).eval()
+        wrapped = get_peft_model(model, settings, autocast_adapter_dtype=False).eval()
+    if score is not None:  # a reward model's head is trained with its adapter
+        score.weight.requires_grad_(True)
+    return wrapped
 
 
 def _bytes(model: Any) -> int:
