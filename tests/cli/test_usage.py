@@ -15,7 +15,7 @@ from steerwell.cli import app as cli_app
 from steerwell.cli import main
 from steerwell.data.errors import InputError
 
-VERBS = ("demo", "import", "export", "sample", "judge", "train", "eval", "explain")
+VERBS = ("demo", "import", "export", "sample", "judge", "plan", "train", "eval", "explain")
 
 
 def one_line(outcome: Any) -> str:

@@ -15,7 +15,7 @@ import typer
 from steerwell.data.errors import InputError, nearest
 
 DONE, FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
-VERBS = ("demo", "import", "export", "sample", "judge", "train", "eval", "explain")
+VERBS = ("demo", "import", "export", "sample", "judge", "plan", "train", "eval", "explain")
 AGAIN = "interrupted; run the same command again to resume"
 
 app = typer.Typer(
@@ -83,7 +83,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _load_verbs() -> None:
     """Importing a file of verbs enters them into the application; then they are put into the order of work."""
-    for verbs in ("demo_verb", "store_verbs", "model_verbs", "eval_verbs"):
+    for verbs in ("demo_verb", "store_verbs", "plan_verb", "model_verbs", "eval_verbs"):
         import_module(f"steerwell.cli.{verbs}")
     app.registered_commands.sort(key=lambda command: VERBS.index(_verb(command)))
 

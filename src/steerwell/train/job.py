@@ -1,0 +1,116 @@
+"""A recipe with its data read, as training reads them, and no model loaded."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from steerwell.data.errors import InputError
+from steerwell.data.types import CompletionGroup
+from steerwell.models.batch import Layout
+from steerwell.train.census import tokenised
+from steerwell.train.config import Recipe, TrainConfig
+from steerwell.train.items import Prepared
+from steerwell.train.loop import checked
+from steerwell.train.provide import REFERENCE_NAMES
+from steerwell.train.recipe import _recorded, _rollouts
+from steerwell.train.skeleton import config_of, tokenizer_of
+from steerwell.train.sources import Rollouts
+from steerwell.train.terms import Term, check_data, needed
+
+
+@dataclass(frozen=True)
+class Job:
+    """A recipe with its data read, as training reads them."""
+
+    recipe: Recipe
+    terms: list[Term]
+    config: TrainConfig
+    kind: str
+    count: int
+    tokenizer: Any
+    context: int | None
+    source: Rollouts | None
+    groups: list[CompletionGroup]
+    eval_groups: list[CompletionGroup]
+    notes: list[str]
+    known: dict[Any, tuple[Prepared, Prepared, float]] = field(default_factory=dict, repr=False)
+
+    def items(self, config: TrainConfig, layout: Layout) -> tuple[Prepared, Prepared, float]:
+        """The tokenised data, the held-out data, and the CPU seconds that tokenising them took."""
+        key = config.max_length, layout
+        if key not in self.known:
+            data, seconds = tokenised(self.groups, self.terms, self.tokenizer, config, layout)
+            held_out, more = tokenised(self.eval_groups, self.terms, self.tokenizer, config, layout)
+            _check_lengths(data, self.context)
+            _check_lengths(held_out, self.context)
+            self.known[key] = data, held_out, seconds + more
+        return self.known[key]
+
+    @property
+    def reward(self) -> bool:
+        return self.terms[0].kind == "reward"
+
+    @property
+    def dtype(self) -> torch.dtype:
+        asked = getattr(self.config, "dtype", "auto")
+        if asked != "auto":
+            return getattr(torch, asked)
+        return torch.bfloat16 if self.kind == "cuda" else torch.float32
+
+    @property
+    def adapter(self) -> dict[str, Any]:
+        """How the recipe asks for an adapter."""
+        return {
+            "lora": self.recipe.lora,
+            "adapter": getattr(self.recipe, "adapter", "lora"),
+            "targets": getattr(self.recipe, "lora_targets", None),
+        }
+
+
+def read(recipe: Recipe, kind: str, count: int) -> Job:
+    terms, config = checked(recipe.objective, recipe.train, recipe.hyperparameters)
+    notes: list[str] = []
+    source: Rollouts | None = None
+    groups: list[CompletionGroup] = []
+    held_out: list[CompletionGroup] | None = None
+    if recipe.judge is not None:
+        source = _rollouts(recipe, lambda groups: [])
+    else:
+        if recipe.rollouts:
+            raise InputError(
+                "[rollouts] is given without a judge", mend='Add, for example, judge = "rm:DIR".'
+            )
+        groups, held_out = _recorded(recipe, terms, notes)
+        check_data(terms, groups)
+        if held_out:
+            check_data(terms, held_out, "the evaluation data")
+    if recipe.reference == "none" and needed(terms) & (REFERENCE_NAMES | {"kl"}):
+        raise InputError(
+            f"{terms[0].name} needs a reference, and reference is none", mend='Say reference = "start".'
+        )
+    if recipe.lora is not None and terms[0].kind == "reward" and not hasattr(recipe, "adapter"):
+        raise InputError("reward models are trained in full: lora is not used", mend="Leave lora out.")
+    context = getattr(config_of(recipe.model).get_text_config(), "max_position_embeddings", None)
+    tokenizer = tokenizer_of(recipe.model)
+    return Job(
+        recipe, terms, config, kind, count, tokenizer, context, source, groups, list(held_out or []), notes
+    )
+
+
+def _check_lengths(data: Prepared, context: int | None) -> None:
+    """Refuse what the model cannot read, as training does."""
+    if context is None:
+        return
+    for item in data.items:
+        longest = max(len(sequence.ids) for sequence in item.tokens.sequences)
+        if longest > context:
+            raise InputError(
+                f"prompt {item.prompt_id} with a completion has {longest} tokens; the model reads {context}",
+                mend=f"Give max_length = {context} or less, or leave it out.",
+            )
+
+
+__all__ = ["Job", "read"]
