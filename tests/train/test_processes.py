@@ -26,6 +26,12 @@ KINDS = ("dpo", "mixture", "kto", "bradley_terry", "grpo")
 TESTS = Path(__file__).parents[1]
 
 
+def documented() -> list[str]:
+    """The lines that the page on processes shows."""
+    page = (TESTS.parent / "docs" / "processes.md").read_text("utf-8")
+    return [line for line in page.splitlines() if line.startswith("torchrun ")]
+
+
 def launch(*words: str, nodes: int = 1) -> str:
     """Run a program in two processes by ``torchrun``, on one "node" or on two; what it printed."""
     path = os.pathsep.join([str(TESTS), str(TESTS / "train"), os.environ.get("PYTHONPATH", "")])
