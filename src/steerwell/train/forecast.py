@@ -165,6 +165,7 @@ class Forecast:
             beside=self.references,
             cache=self._cache(),
             reserved=reserved,
+            accumulates=self.accumulates,
         )
         return peak(holding, self.training_trace, self.reading_trace)
 

@@ -71,6 +71,10 @@ class Job:
 
 
 def read(recipe: Recipe, kind: str, count: int) -> Job:
+    """Read the data and the tokenizer of a recipe that would run on ``count`` devices of a kind (cpu or cuda).
+
+    Raises :class:`InputError` for what training would refuse before a model is loaded.
+    """
     terms, config = checked(recipe.objective, recipe.train, recipe.hyperparameters)
     notes: list[str] = []
     source: Rollouts | None = None

@@ -17,11 +17,9 @@ from steerwell.train.skeleton import Skeleton
 from steerwell.train.trace import Trace, trace
 
 #: Bytes beside tensors, as a share of activations and head (freed and taken anew in every pass), on a CPU: glibc
-#: serves tensors below 32 MiB from a heap whose holes the next ones often miss. With adapters, which take many
-#: more small tensors between the large ones, the holes are three times as much.
-CPU_ALLOCATOR, CPU_ALLOCATOR_ADAPTED = 0.20, 0.60
-#: And a fixed amount: kernels and libraries that are first used in training.
-CPU_FIXED = 40 * 2**20
+#: serves tensors below 32 MiB from a heap whose holes the next ones often miss. Holes are more where gradients
+#: of earlier micro-batches lie between, and most with adapters, which take many small tensors between large ones.
+ALLOCATOR = {"plain": 0.30, "accumulating": 0.69, "adapted": 0.97}
 #: Share that the caching allocator of CUDA wastes: an assumption.
 CUDA_ALLOCATOR = 0.06
 
@@ -57,7 +55,8 @@ class Peak:
 class Holding:
     """What a run holds besides activations. ``beside`` are bytes of another model (a reference with weights
     of its own, or the policy that a reward model was made from), ``cache`` those of the sampler's keys and
-    values, ``reserved`` those that are taken before the first tensor.
+    values, ``reserved`` those that are taken before the first tensor. ``accumulates``: a step has several
+    micro-batches.
     """
 
     skeleton: Skeleton
@@ -66,6 +65,7 @@ class Holding:
     beside: int = 0
     cache: int = 0
     reserved: int = 0
+    accumulates: bool = False
 
     @property
     def masters(self) -> bool:
@@ -126,8 +126,8 @@ def _whole(parts: dict[str, int], holding: Holding) -> dict[str, int]:
     passing = parts.get("activations", 0) + parts.get("head", 0)
     if holding.kind == "cpu":
         adapted = holding.skeleton.trainable < holding.skeleton.total
-        share = CPU_ALLOCATOR_ADAPTED if adapted else CPU_ALLOCATOR
-        allocator = round(share * passing) + CPU_FIXED
+        kind = "adapted" if adapted else "accumulating" if holding.accumulates else "plain"
+        allocator = round(ALLOCATOR[kind] * passing)
     else:
         allocator = round(CUDA_ALLOCATOR * (passing + parts.get("gradients", 0)))
     return {name: {**parts, "allocator": allocator}.get(name, 0) for name in PARTS}
