@@ -11,8 +11,7 @@ from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from typing import Any
 
-from steerwell.models import batch as batches
-from steerwell.models.batch import Layout, build
+from steerwell.models.batch import Layout, build, layout_for
 from steerwell.models.render import TokenizedGroup
 from steerwell.train import duration
 from steerwell.train.census import Census, cut, recorded, sampled
@@ -65,10 +64,7 @@ class Forecast:
 
     @cached_property
     def layout(self) -> Layout:
-        chosen = getattr(batches, "layout_for", None)
-        if chosen is not None:
-            return chosen(self.config.layout, self.skeleton.model)
-        return "rows" if self.config.layout == "rows" else "tree"
+        return layout_for(self.config.layout, self.skeleton.model)
 
     @cached_property
     def census(self) -> Census:

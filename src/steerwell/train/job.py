@@ -12,7 +12,7 @@ from steerwell.data.types import CompletionGroup
 from steerwell.models.batch import Layout
 from steerwell.train.census import tokenised
 from steerwell.train.config import Recipe, TrainConfig
-from steerwell.train.items import Prepared
+from steerwell.train.items import Prepared, refuse_longer
 from steerwell.train.loop import checked
 from steerwell.train.provide import REFERENCE_NAMES
 from steerwell.train.recipe import _recorded, _rollouts
@@ -44,8 +44,8 @@ class Job:
         if key not in self.known:
             data, seconds = tokenised(self.groups, self.terms, self.tokenizer, config, layout)
             held_out, more = tokenised(self.eval_groups, self.terms, self.tokenizer, config, layout)
-            _check_lengths(data, self.context)
-            _check_lengths(held_out, self.context)
+            refuse_longer(data.items, self.context)
+            refuse_longer(held_out.items, self.context)
             self.known[key] = data, held_out, seconds + more
         return self.known[key]
 
@@ -55,7 +55,7 @@ class Job:
 
     @property
     def dtype(self) -> torch.dtype:
-        asked = getattr(self.config, "dtype", "auto")
+        asked = self.config.dtype
         if asked != "auto":
             return getattr(torch, asked)
         return torch.bfloat16 if self.kind == "cuda" else torch.float32
@@ -65,8 +65,8 @@ class Job:
         """How the recipe asks for an adapter."""
         return {
             "lora": self.recipe.lora,
-            "adapter": getattr(self.recipe, "adapter", "lora"),
-            "targets": getattr(self.recipe, "lora_targets", None),
+            "adapter": self.recipe.adapter,
+            "targets": self.recipe.lora_targets,
         }
 
 
@@ -95,26 +95,11 @@ def read(recipe: Recipe, kind: str, count: int) -> Job:
         raise InputError(
             f"{terms[0].name} needs a reference, and reference is none", mend='Say reference = "start".'
         )
-    if recipe.lora is not None and terms[0].kind == "reward" and not hasattr(recipe, "adapter"):
-        raise InputError("reward models are trained in full: lora is not used", mend="Leave lora out.")
     context = getattr(config_of(recipe.model).get_text_config(), "max_position_embeddings", None)
     tokenizer = tokenizer_of(recipe.model)
     return Job(
         recipe, terms, config, kind, count, tokenizer, context, source, groups, list(held_out or []), notes
     )
-
-
-def _check_lengths(data: Prepared, context: int | None) -> None:
-    """Refuse what the model cannot read, as training does."""
-    if context is None:
-        return
-    for item in data.items:
-        longest = max(len(sequence.ids) for sequence in item.tokens.sequences)
-        if longest > context:
-            raise InputError(
-                f"prompt {item.prompt_id} with a completion has {longest} tokens; the model reads {context}",
-                mend=f"Give max_length = {context} or less, or leave it out.",
-            )
 
 
 __all__ = ["Job", "read"]

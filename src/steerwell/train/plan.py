@@ -137,7 +137,7 @@ def plan(recipe: Recipe, gpu: str | None = None, count: int = 1) -> Plan:
 
 def _checkpointing(work: Forecast, machine: Machine) -> bool:
     """Whether layers are computed again: as asked, or where the memory needs it."""
-    asked = getattr(work.config, "gradient_checkpointing", "auto")
+    asked = work.config.gradient_checkpointing
     if asked != "auto":
         return bool(asked)
     return work.peak(machine.reserved).total > USABLE * machine.memory

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,8 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from steerwell.data.errors import InputError
-from steerwell.models.attention import use_steerwell_attention
+from steerwell.models.adapters import Adapter, AdapterKind, add_adapter
+from steerwell.models.attention import takes_tree, use_steerwell_attention
 from steerwell.models.directory import check_directory, first_line, quiet
 from steerwell.models.render import TEMPLATE_MEND
 
@@ -80,7 +80,7 @@ def skeleton(
     reward: bool = False,
     dtype: torch.dtype = torch.float32,
     lora: int | None = None,
-    adapter: str = "lora",
+    adapter: AdapterKind = "lora",
     targets: Any = None,
 ) -> Skeleton:
     """Build the model of ``path`` without weights, with a new adapter of rank ``lora`` if one is asked for.
@@ -96,10 +96,14 @@ def skeleton(
         config.num_labels = 1
         config.architectures = None
     model = _made(AutoModelForSequenceClassification if reward else AutoModelForCausalLM, config, dtype, path)
-    use_steerwell_attention(model)
+    if takes_tree(model):
+        use_steerwell_attention(model)
     gathered = _largest_layer(model) * dtype.itemsize
     if lora is not None:
-        model = _adapted(model, lora, adapter, targets)
+        with torch.device("meta"):
+            model = add_adapter(
+                model, Adapter(lora, adapter, targets=None if targets is None else tuple(targets))
+            )
     weights = _bytes(model)
     if adapter == "qlora" and lora is not None:
         held = sum(
@@ -138,28 +142,6 @@ def _made(kind: Any, config: Any, dtype: torch.dtype, path: str) -> Any:
                 file=path,
                 mend="Use a causal language model (Llama, Qwen3, Mistral, Gemma, …).",
             ) from error
-
-
-def _adapted(model: Any, rank: int, adapter: str, targets: Any) -> Any:
-    from peft import LoraConfig, get_peft_model
-
-    score = getattr(model, "score", None)
-    heads = {id(model.get_output_embeddings()), id(score)}
-    linear = [name for name, m in model.named_modules() if isinstance(m, nn.Linear) and id(m) not in heads]
-    settings = LoraConfig(
-        r=rank,
-        lora_alpha=2 * rank,
-        lora_dropout=0.0,
-        target_modules=list(targets) if targets else linear,
-        task_type=None if score is not None else "CAUSAL_LM",
-        use_dora=adapter == "dora",
-    )
-    with warnings.catch_warnings(), torch.device("meta"):
-        warnings.simplefilter("ignore")
-        wrapped = get_peft_model(model, settings, autocast_adapter_dtype=False).eval()
-    if score is not None:  # a reward model's head is trained with its adapter
-        score.weight.requires_grad_(True)
-    return wrapped
 
 
 def _bytes(model: Any) -> int:

@@ -25,8 +25,6 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.checkpoint import checkpoint
-from transformers.modeling_layers import GradientCheckpointingLayer
 
 from steerwell.models.batch import Batch
 from steerwell.models.forward import (
@@ -36,6 +34,7 @@ from steerwell.models.forward import (
     reward_scores,
     token_logps,
 )
+from steerwell.train.layers import set_layers
 
 aten = torch.ops.aten
 
@@ -107,7 +106,7 @@ def trace(
     """
     batch = batch.to("meta")
     recorder = _Recorder(model)
-    with recomputing(model, checkpointing and backward), _budgets(accelerator), _handing_on(model, masters):
+    with _layers(model, checkpointing and backward), _budgets(accelerator), _handing_on(model, masters):
         for _ in range(2 if accumulate and backward else 1):
             recorder.begin()
             with torch.set_grad_enabled(backward), _fused_attention(accelerator), recorder:
@@ -175,17 +174,12 @@ def _handing_on(model: Any, wanted: bool) -> Iterator[None]:
 
 
 @contextmanager
-def recomputing(model: Any, wanted: bool) -> Iterator[None]:
-    """Each decoder layer keeps its input only, and is computed again in the backward pass; off again afterwards."""
-    layers = [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)] if wanted else []
-    for layer in layers:
-        plain = partial(type(layer).forward, layer)
-        layer.forward = partial(checkpoint, plain, use_reentrant=False, preserve_rng_state=False)
+def _layers(model: Any, recompute: bool) -> Iterator[None]:
+    take_back = set_layers(model, recompute=recompute, compiled=False)
     try:
         yield
     finally:
-        for layer in layers:
-            del layer.forward
+        take_back()
 
 
 class _Recorder(TorchDispatchMode):
@@ -394,4 +388,4 @@ def _key(tensor: Tensor) -> int:
     return tensor.untyped_storage()._cdata
 
 
-__all__ = ["Product", "Trace", "Work", "recomputing", "trace"]
+__all__ = ["Product", "Trace", "Work", "trace"]
