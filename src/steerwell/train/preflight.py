@@ -33,7 +33,7 @@ TOLERANCE_HALF = 0.1
 #: How much scores may differ by in 16 bits, as a share of their size.
 SCORES_HALF = 0.2
 LN2 = math.log(2.0)
-FIRST_GROUPS, FIRST_COMPLETIONS = 3, 4
+FIRST_GROUPS, FIRST_COMPLETIONS, FIRST_TOKENS = 3, 4, 1024
 
 
 def stop_tokens(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
@@ -83,7 +83,7 @@ def check_packing(provider: Provider, items: Seq[Item]) -> dict[str, Any]:
     the difference of scores as a share of their size. Raises :class:`TrainingError` where that is too large. What
     is not finite is left to the check of the loss, which names the prompts.
     """
-    groups = [_first(item.tokens) for item in items[:FIRST_GROUPS]]
+    groups = [_first(item.tokens) for item in _few(items)]
     scores = "scores" in provider.names
     packed: dict[int, Tensor] = {}
     layout = provider.layout_of_models()
@@ -117,6 +117,16 @@ def check_packing(provider: Provider, items: Seq[Item]) -> dict[str, Any]:
             "tolerance": tolerance,
         }
     }
+
+
+def _few(items: Seq[Item]) -> list[Item]:
+    """The first groups, fewer where they are long: the check must not cost what a step does."""
+    found = list(items[:1])
+    for item in items[1:FIRST_GROUPS]:
+        if sum(other.size for other in found) + item.size > FIRST_TOKENS:
+            break
+        found.append(item)
+    return found
 
 
 def _first(tokens: TokenizedGroup) -> TokenizedGroup:
