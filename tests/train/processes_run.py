@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from small_runs import LengthJudge, pair_groups, tiny_policy
 
+from steerwell.models.adapters import Adapter, add_adapter
 from steerwell.train import rollouts, train
 
 SETTINGS: dict[str, Any] = {
@@ -36,10 +37,16 @@ def run(kind: str, out: Path, stop_at: int | None = None, progress: Any = None) 
         prompts = [f"go {i}" for i in range(5)]
         source = rollouts(prompts, LengthJudge(), n=4, prompts_per_step=3, max_new_tokens=5, updates=2)
         return train(tiny_policy(), source, "grpo", out=out, **settings)
-    data = pair_groups(10)
+    data, policy = pair_groups(10), tiny_policy()
     objective: Any = [("dpo", 1.0), ("sft", 0.1)] if kind == "mixture" else kind
+    if kind.startswith(
+        "lora"
+    ):  # the reference is the adapter switched off; once in bfloat16, with KTO's live one
+        policy.model = add_adapter(policy.model, Adapter(4))
+        objective = "kto" if kind == "lora_bf16" else "dpo"
+        settings["dtype"] = "bfloat16" if kind == "lora_bf16" else "float32"
     return train(
-        tiny_policy(), data, objective, out=out, eval_data=data[:3], eval_every=2, batch_size=5,
+        policy, data, objective, out=out, eval_data=data[:3], eval_every=2, batch_size=5,
         max_tokens=120, **settings,
     )  # fmt: skip
 

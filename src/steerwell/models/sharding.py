@@ -45,6 +45,7 @@ def shard(model: nn.Module, mesh: Any, compute: torch.dtype | None = None) -> No
     setattr(model, _ENTRY, MethodType(_run, model))
     fully_shard(model, mesh=mesh, mp_policy=policy)
     register_fsdp_forward_method(model, _ENTRY)
+    gathered(model, lambda: None)  # FSDP notes at the first pass what is trained: now, while adapters are on
 
 
 def decoder_layers(model: nn.Module) -> nn.ModuleList:

@@ -100,8 +100,7 @@ def check_packing(provider: Provider, items: Seq[Item]) -> dict[str, Any]:
         gap = gap / alone.square().mean().sqrt().clamp(min=1e-12)
     else:
         gap = gap / torch.tensor([max(1, len(s.sequences[0].scored())) for s in singles], device=gap.device)
-    dtype = next(provider.model.parameters()).dtype
-    tolerance = TOLERANCE.get(dtype, SCORES_HALF if scores else TOLERANCE_HALF)
+    tolerance = TOLERANCE.get(_computed_in(provider), SCORES_HALF if scores else TOLERANCE_HALF)
     largest = float(gap.max())
     if largest > tolerance:
         worst = groups[_owner(groups, int(gap.argmax()))].group.prompt_id
@@ -117,6 +116,13 @@ def check_packing(provider: Provider, items: Seq[Item]) -> dict[str, Any]:
             "tolerance": tolerance,
         }
     }
+
+
+def _computed_in(provider: Provider) -> torch.dtype:
+    """What log-probs are computed in; weights that are spread over processes may be held in a finer type."""
+    if provider.precision:
+        return getattr(torch, provider.precision)
+    return next(provider.model.parameters()).dtype
 
 
 def _few(items: Seq[Item]) -> list[Item]:
@@ -158,8 +164,7 @@ class StartChecks:
     """
 
     def __init__(self, provider: Provider, *, fresh: bool, first: bool) -> None:
-        dtype = next(provider.model.parameters()).dtype
-        self.tolerance = TOLERANCE.get(dtype, TOLERANCE_HALF)
+        self.tolerance = TOLERANCE.get(_computed_in(provider), TOLERANCE_HALF)
         self.fresh = fresh
         self.at_start = first and provider.reference.kind == "start"
         self._reference_gap: list[Tensor] = []
