@@ -78,6 +78,7 @@ def test_bad_input_is_one_line(run: Any, recipe: Path) -> None:
 
 
 def test_numbers_for_people() -> None:
+    assert size(1003 * 2**20) == "1003 MiB"
     assert [size(n) for n in (0, 1023, 1536, 3 * 2**30, 2**41)] == [
         "0 B",
         "1023 B",
