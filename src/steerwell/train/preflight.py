@@ -33,7 +33,7 @@ TOLERANCE_HALF = 0.1
 #: How much scores may differ by in 16 bits, as a share of their size.
 SCORES_HALF = 0.2
 LN2 = math.log(2.0)
-FIRST_GROUPS, FIRST_COMPLETIONS, FIRST_TOKENS = 3, 4, 1024
+FIRST_ITEMS, FIRST_GROUPS, FIRST_COMPLETIONS, FIRST_TOKENS = 8, 3, 4, 512
 
 
 def stop_tokens(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
@@ -77,7 +77,7 @@ def check_ends(
 
 @torch.no_grad()
 def check_packing(provider: Provider, items: Seq[Item]) -> dict[str, Any]:
-    """Compare the first groups, packed as they will be in training, with each of their completions alone.
+    """Compare some of the first groups, packed as they will be in training, with each of their completions alone.
 
     Returns what was compared and the largest gap: nats per token, the mean over a completion; for reward models
     the difference of scores as a share of their size. Raises :class:`TrainingError` where that is too large. What
@@ -126,12 +126,12 @@ def _computed_in(provider: Provider) -> torch.dtype:
 
 
 def _few(items: Seq[Item]) -> list[Item]:
-    """The first groups, fewer where they are long: the check must not cost what a step does."""
-    found = list(items[:1])
-    for item in items[1:FIRST_GROUPS]:
-        if sum(other.size for other in found) + item.size > FIRST_TOKENS:
-            break
-        found.append(item)
+    """The shortest of the first groups, fewer where they are long: the check must not cost what a step does."""
+    shortest = sorted(items[:FIRST_ITEMS], key=lambda item: item.size)
+    found = shortest[:2]  # one group alone could not be mixed up with another
+    for item in shortest[2:FIRST_GROUPS]:
+        if sum(other.size for other in found) + item.size <= FIRST_TOKENS:
+            found.append(item)
     return found
 
 
