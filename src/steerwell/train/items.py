@@ -161,9 +161,11 @@ class _Account:
     reasons: Counter[str] = field(default_factory=Counter)
 
     def leave_out(self, why: str) -> None:
+        """A group that cannot be used, and why."""
         self.reasons[why] += 1
 
     def count(self, item: Item) -> None:
+        """A group that is used."""
         self.groups += 1
         self.completions += len(item.lengths)
         self.pairs += len(item.pairs)
