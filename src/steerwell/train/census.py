@@ -48,8 +48,8 @@ class Census:
     histogram: list[tuple[int, int, int]]
     longest: list[Row]
     steps: int
-    items: list[Item] = field(repr=False)
-    eval_items: list[Item] = field(repr=False)
+    items: Sequence[Item] = field(repr=False)
+    eval_items: Sequence[Item] = field(repr=False)
     micro_batches: list[list[Item]] = field(repr=False)  # of the steps walked, in their order
     walked: int  # steps that they belong to
     passes: float  # over the data

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import signal
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -59,7 +59,7 @@ class Run:
     folder: RunDir
     optimizer: torch.optim.Optimizer
     steps: int
-    items: list[Item]
+    items: Sequence[Item]
     stream: int  # groups seen in the whole run, with repetition
     eval_items: list[Item]
     source: Source | None = None
@@ -315,7 +315,7 @@ def _roll_out(run: Run, step: int) -> tuple[list[Item], dict[str, float]]:
     groups = run.source.step(run.trained, step, run.config.seed)  # type: ignore[arg-type]
     check_data(run.terms, groups, f"the rollouts of step {step + 1}")
     config = run.config
-    items = prepare(groups, run.terms, run.trained.tokenizer, config.max_length, config.layout).items
+    items = list(prepare(groups, run.terms, run.trained.tokenizer, config.max_length, config.layout).items)
     _advantages(items, run.terms)
     return items, rollout_figures(groups)
 

@@ -10,7 +10,7 @@ import hashlib
 import math
 from array import array
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
 from typing import Any
@@ -64,7 +64,7 @@ class Item:
 class Prepared:
     """The items of a data set, and what became of the rest, for ``run.json``."""
 
-    items: list[Item]
+    items: Seq[Item]
     about: dict[str, Any]
 
 
@@ -75,37 +75,67 @@ def prepare(
     max_length: int | None,
     layout: Layout = "auto",
     progress: Progress | None = None,
+    *,
+    into: Any = None,
+    context: int | None = None,
 ) -> Prepared:
-    """Tokenise what the terms read. A group that ``max_length`` leaves nothing of to score is left out and
-    counted.
+    """Tokenise what the terms read, a slice of the groups at a time; each group is asked for once. A group that
+    ``max_length`` leaves nothing of to score is left out and counted.
 
-    Raises :class:`InputError` when that is so for more than half of the groups, for a pair of equal token
-    sequences, and for templates or completions that :func:`tokenize_groups` refuses.
+    The items go ``into`` what is given (an :class:`~steerwell.train.item_file.ItemFile`), else into a list.
+    Raises :class:`InputError` when more than half of the groups cannot be used, for a pair of equal token
+    sequences, for templates or completions that :func:`tokenize_groups` refuses, and for a sequence of more than
+    ``context`` tokens (None: there is no limit).
     """
-    kept = [pruned for group in groups if (pruned := prune(group, terms)) is not None]
-    items: list[Item] = []
-    refused: list[tuple[CompletionGroup, InputError]] = []
-    reasons: Counter[str] = Counter()
-    if len(kept) < len(groups):
-        reasons["no target that the objective takes"] = len(groups) - len(kept)
-    for start in range(0, len(kept), TOKENIZE_AT_ONCE):
-        part = kept[start : start + TOKENIZE_AT_ONCE]
+    items = [] if into is None else into
+    account = _Account(max_length)
+    too_long: InputError | None = None
+    first: tuple[CompletionGroup, InputError] | None = None
+    refused = done = 0
+    for part in _kept(groups, terms, account):
         for group, tokens in zip(part, tokenize_groups(tokenizer, part), strict=True):
             if max_length is not None and not truncate(tokens, max_length):
-                refused.append((group, no_room(tokens, max_length)))
-                reasons[f"the prompt leaves no room in max_length={max_length}"] += 1
+                error = no_room(tokens, max_length)
+                account.leave_out(f"the prompt leaves no room in max_length={max_length}")
             elif not all(map(scored_tokens, tokens.sequences)):
-                refused.append((group, _nothing_scored(tokens)))
-                reasons["a completion has no token to score"] += 1
+                error = _nothing_scored(tokens)
+                account.leave_out("a completion has no token to score")
             else:
-                items.append(_item(group, tokens, terms, layout))
+                item = _item(group, tokens, terms, layout)
+                too_long = too_long or _longer(item, context)
+                account.count(item)
+                items.append(item)
+                continue
+            refused += 1
+            first = first or (group, error)
+        done += len(part)
         if progress is not None:
-            progress("tokenize", min(start + TOKENIZE_AT_ONCE, len(kept)), len(kept), "")
-    if 2 * len(refused) > len(kept):
-        group, error = refused[0]
-        what = f"{len(refused)} of {len(kept)} groups cannot be used; the first: {error.what}"
+            progress("tokenize", done, len(groups) - account.untargeted, "")
+    if first is not None and 2 * refused > done:
+        group, error = first
+        what = f"{refused} of {done} groups cannot be used; the first: {error.what}"
         raise about(group, InputError(what, file=error.file, mend=error.mend))
-    return Prepared(items, _account(items, reasons, max_length))
+    if too_long is not None:
+        raise too_long
+    return Prepared(items, account.about())
+
+
+def _kept(
+    groups: Seq[CompletionGroup], terms: Seq[Term], account: _Account
+) -> Iterator[list[CompletionGroup]]:
+    """Slices of what the terms read of the groups. The last one comes when all groups have been seen."""
+    part: list[CompletionGroup] = []
+    for group in groups:
+        kept = prune(group, terms)
+        if kept is None:
+            account.untargeted += 1
+            continue
+        if len(part) == TOKENIZE_AT_ONCE:
+            yield part
+            part = []
+        part.append(kept)
+    if part:
+        yield part
 
 
 def _nothing_scored(tokens: TokenizedGroup) -> InputError:
@@ -116,34 +146,58 @@ def _nothing_scored(tokens: TokenizedGroup) -> InputError:
     )
 
 
-def _account(items: Seq[Item], reasons: Counter[str], max_length: int | None) -> dict[str, Any]:
-    """What became of the data, for ``run.json``; ``notes`` are sentences about what was left out or cut."""
-    completions = sum(len(item.lengths) for item in items)
-    cut = sum(sum(item.tokens.truncated) for item in items)
-    left_out = reasons.total()
-    notes = [f"left out {n:,} of {len(items) + left_out:,} groups: {why}" for why, n in reasons.items()]
-    if cut:
-        most = (
-            "; most completions end nowhere, and a policy may not learn to stop"
-            if 2 * cut > completions
-            else ""
-        )
-        notes.append(
-            f"cut {cut:,} of {completions:,} completions ({cut / completions:.1%}) to max_length={max_length}: "
-            f"they have lost their end token{most}"
-        )
-    return {
-        "groups": len(items),
-        "groups_left_out": left_out,
-        "left_out": dict(reasons),
-        "completions": completions,
-        "pairs": sum(len(item.pairs) for item in items),
-        "tokens": sum(item.size for item in items),
-        "scored_tokens": sum(sum(item.lengths) for item in items),
-        "truncated_completions": cut,
-        "truncated_share": cut / max(1, completions),
-        "notes": notes,
-    }
+@dataclass
+class _Account:
+    """What becomes of the data, counted as it is read."""
+
+    max_length: int | None
+    untargeted: int = 0  # groups with no target that the objective takes
+    groups: int = 0
+    completions: int = 0
+    pairs: int = 0
+    tokens: int = 0
+    scored: int = 0
+    cut: int = 0
+    reasons: Counter[str] = field(default_factory=Counter)
+
+    def leave_out(self, why: str) -> None:
+        """A group that cannot be used, and why."""
+        self.reasons[why] += 1
+
+    def count(self, item: Item) -> None:
+        """A group that is used."""
+        self.groups += 1
+        self.completions += len(item.lengths)
+        self.pairs += len(item.pairs)
+        self.tokens += item.size
+        self.scored += sum(item.lengths)
+        self.cut += sum(item.tokens.truncated)
+
+    def about(self) -> dict[str, Any]:
+        """The counts for ``run.json``; ``notes`` are sentences about what was left out or cut."""
+        nothing = {"no target that the objective takes": self.untargeted} if self.untargeted else {}
+        reasons = Counter({**nothing, **self.reasons})
+        left_out, share = reasons.total(), self.cut / max(1, self.completions)
+        total = self.groups + left_out
+        notes = [f"left out {n:,} of {total:,} groups: {why}" for why, n in reasons.items()]
+        if self.cut:
+            most = "; most completions end nowhere, and a policy may not learn to stop"
+            notes.append(
+                f"cut {self.cut:,} of {self.completions:,} completions ({share:.1%}) to max_length="
+                f"{self.max_length}: they have lost their end token{most if 2 * self.cut > self.completions else ''}"
+            )
+        return {
+            "groups": self.groups,
+            "groups_left_out": left_out,
+            "left_out": dict(reasons),
+            "completions": self.completions,
+            "pairs": self.pairs,
+            "tokens": self.tokens,
+            "scored_tokens": self.scored,
+            "truncated_completions": self.cut,
+            "truncated_share": share,
+            "notes": notes,
+        }
 
 
 def _item(group: CompletionGroup, tokens: TokenizedGroup, terms: Seq[Term], layout: Layout) -> Item:
@@ -221,7 +275,7 @@ def gather(items: Seq[Item], names: set[str], device: torch.device) -> dict[str,
     return out
 
 
-def items_digest(items: Seq[Item]) -> str:
+def items_digest(items: Iterable[Item]) -> str:
     """A hash of all that training reads: token ids, targets, order."""
     state = hashlib.blake2b(digest_size=12)
     for item in items:
@@ -250,16 +304,16 @@ def _refuse_equal_pairs(group: CompletionGroup, tokens: TokenizedGroup) -> None:
             raise about(group, error)
 
 
-def refuse_longer(items: Seq[Item], context: int | None) -> None:
-    """Raise :class:`InputError` for a sequence of more than ``context`` tokens (None: there is no limit)."""
-    for item in items if context is not None else ():
-        longest = max(len(sequence.ids) for sequence in item.tokens.sequences)
-        if longest > context:  # type: ignore[operator]
-            error = InputError(
-                f"a prompt with its completion has {longest} tokens; the model reads {context}",
-                mend=f"Give max_length = {context} or less, or leave it out.",
-            )
-            raise about(item.tokens.group, error)
+def _longer(item: Item, context: int | None) -> InputError | None:
+    """What to say of an item with a sequence of more tokens than the model reads; None where there is none."""
+    longest = max(len(sequence.ids) for sequence in item.tokens.sequences)
+    if context is None or longest <= context:
+        return None
+    error = InputError(
+        f"a prompt with its completion has {longest} tokens; the model reads {context}",
+        mend=f"Give max_length = {context} or less, or leave it out.",
+    )
+    return about(item.tokens.group, error)
 
 
 __all__ = [
@@ -269,7 +323,6 @@ __all__ = [
     "gather",
     "items_digest",
     "prepare",
-    "refuse_longer",
     "scored_tokens",
     "set_advantages",
 ]

@@ -22,6 +22,7 @@ from steerwell.models.adapters import (
     AdapterKind,
     asked_adapter,
 )
+from steerwell.models.batch import layout_for
 from steerwell.models.load import Policy, RewardModel
 from steerwell.objectives.table import hyperparameters
 from steerwell.train.best import Best, check_best
@@ -32,7 +33,8 @@ from steerwell.train.config import (
     split_settings,
 )
 from steerwell.train.fit import Run, Watch, fit
-from steerwell.train.items import Item, Prepared, Progress, items_digest, prepare, refuse_longer
+from steerwell.train.item_file import Chosen, ItemFile, sizes
+from steerwell.train.items import Item, Prepared, Progress, items_digest, prepare
 from steerwell.train.layers import needs_checkpointing, set_layers
 from steerwell.train.precision import (
     MasterWeights,
@@ -65,8 +67,8 @@ class _Order:
     terms: list[Term]
     config: TrainConfig
     source: Source | None
-    groups: list[CompletionGroup]
-    eval_groups: list[CompletionGroup]
+    groups: Sequence[CompletionGroup]
+    eval_groups: Sequence[CompletionGroup]
     reference: Any
     adapter: Adapter | None
     watch: Watch | None
@@ -113,9 +115,10 @@ def train(
     """
     terms, made = checked(objective, config, settings)
     source = data if isinstance(data, Source) else None
-    groups: list[CompletionGroup] = [] if isinstance(data, Source) else list(data)
+    groups = () if isinstance(data, Source) else _sequence(data)
     asked = asked_adapter(lora, adapter, lora_alpha, lora_targets)
-    order = _Order(terms, made, source, groups, list(eval_data or []), reference, asked, watch, progress)
+    held_out = () if eval_data is None else _sequence(eval_data)
+    order = _Order(terms, made, source, groups, held_out, reference, asked, watch, progress)
     _check(policy, order, eval_data is not None)
     ranks = join()
     folder = RunDir(out, ranks)
@@ -126,6 +129,11 @@ def train(
         raise
     finally:
         folder.close()
+
+
+def _sequence(data: Iterable[CompletionGroup]) -> Sequence[CompletionGroup]:
+    """The groups as they were given, if one can ask for each by its place: a data set may be read as it is used."""
+    return data if isinstance(data, Sequence) else list(data)
 
 
 def checked(
@@ -208,8 +216,8 @@ def _train(policy: Any, order: _Order, folder: RunDir, ranks: Ranks) -> Model:
     given: Model = ranks.together(lambda: load_model(policy, reward, order.adapter)) if owned else policy
     config = completed(order.config, order.terms, given)
     start = start_digest(given)
-    data = _prepared(order, order.groups, given, config)
-    held_out = _prepared(order, order.eval_groups, given, config)
+    data = _prepared(order, order.groups, given, config, ItemFile(folder.path))
+    held_out = _prepared(order, order.eval_groups, given, config, [])
     if "kl" in needed(order.terms) and order.source is None:
         check_mismatch(data.items, config.batch_size)
     wanted = order.reference not in (None, "none") and _wants_reference(order)
@@ -286,8 +294,7 @@ def _run(
     )
     if order.source is None and names & REFERENCE_NAMES:
         reached = epoch_order(len(data.items), 0, config.seed)[:stream]  # all, unless the run is short
-        items = [*(data.items[i] for i in reached), *held_out.items]
-        _fill_reference(provider, items, config, folder, order.progress)
+        _fill_reference(provider, Chosen(data.items, reached, held_out.items), config, folder, order.progress)
     return Run(
         trained=trained,
         terms=order.terms,
@@ -298,7 +305,7 @@ def _run(
         steps=steps,
         items=data.items,
         stream=stream,
-        eval_items=held_out.items,
+        eval_items=list(held_out.items),
         source=order.source,
         watch=order.watch,
         progress=order.progress if ranks.writes else None,
@@ -312,8 +319,9 @@ def _set_layers(model: Any, config: TrainConfig, items: Sequence[Item], folder: 
     """Layers as the settings say; whether activations are recomputed is recorded with the run."""
     recompute = config.gradient_checkpointing
     if recompute == "auto":
-        tokens = max(config.max_tokens, *(item.size for item in items), 0)
-        recompute = needs_checkpointing(model, min(tokens, sum(item.size for item in items) or tokens))
+        lengths = sizes(items)
+        tokens = max(config.max_tokens, max(lengths, default=0))
+        recompute = needs_checkpointing(model, min(tokens, sum(lengths) or tokens))
     folder.write(gradient_checkpointing=recompute)
     return set_layers(model, recompute=recompute, compiled=config.compile, dropout=config.dropout)
 
@@ -351,14 +359,28 @@ def make_optimizer(parameters: Iterable[Any], config: TrainConfig) -> torch.opti
     )
 
 
-def _prepared(order: _Order, groups: list[CompletionGroup], given: Model, config: TrainConfig) -> Prepared:
-    """Tokenised groups; raises :class:`InputError` for one that is longer than the model can read, and where
-    no completion ends with a stop token.
+def _prepared(
+    order: _Order,
+    groups: Sequence[CompletionGroup],
+    given: Model,
+    config: TrainConfig,
+    into: ItemFile | list[Item],
+) -> Prepared:
+    """Tokenised groups, put ``into`` a file or a list; raises :class:`InputError` for one that is longer than the
+    model can read, and where no completion ends with a stop token.
     """
     if not groups:
         return Prepared([], {})
-    data = prepare(groups, order.terms, given.tokenizer, config.max_length, config.layout, order.progress)
-    refuse_longer(data.items, context_of(given.model))
+    data = prepare(
+        groups,
+        order.terms,
+        given.tokenizer,
+        config.max_length,
+        layout_for(config.layout, given.model),
+        order.progress,
+        into=into,
+        context=context_of(given.model),
+    )
     stops = given.stop_ids if isinstance(given, Policy) else stop_tokens(given.tokenizer)
     ends = check_ends(data.items, given.tokenizer, stops, learns=order.terms[0].kind != "reward")
     notes = [*data.about["notes"], *ends.pop("notes")]

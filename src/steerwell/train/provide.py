@@ -5,10 +5,12 @@ log-probs of the reference, the targets of the items, and KTO's estimate over mi
 from __future__ import annotations
 
 import math
+from array import array
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -17,9 +19,13 @@ from steerwell.models.batch import Layout, build, layout_for, pack
 from steerwell.models.forward import Pooling, per_token_logps, reward_scores, sum_by_owner
 from steerwell.models.render import Sequence as TokenSequence
 from steerwell.models.render import TokenizedGroup
+from steerwell.train.item_file import keep_reference
 from steerwell.train.items import Item, gather, scored_tokens
 from steerwell.train.ranks import ALONE, Ranks
 from steerwell.train.reference import REFERENCE_NAMES, Kept, Reference, group_key, reference_key
+
+#: Items whose reference log-probs are in memory at once.
+REFERENCE_AT_ONCE = 1024
 
 
 @dataclass(frozen=True)
@@ -88,22 +94,47 @@ class Provider:
         self, items: Sequence[Item], files: Sequence[Kept] = (), progress: Any = None
     ) -> dict[str, int]:
         """Give recorded items the log-probs of the reference: from the first of ``files`` that knows them, else
-        computed, each group once; then all files know them. Returns how many groups were found and computed.
+        computed; then all files know them. Returns how many different groups there are and how many were computed.
+
+        It goes by parts, so that no more than a part is in memory. A group that several items of a part have is
+        computed once; with ``files``, one of an earlier part too.
         """
-        keys = [group_key(item.tokens) for item in items]
-        of = dict(zip(keys, items, strict=True))
         filed = reference_key(self.reference.weights, self.temperature, self.precision)
+        seen, computed = array("Q"), 0  # eight bytes of each key tell groups apart well enough to count them
+        for start in range(0, len(items), REFERENCE_AT_ONCE):
+            rest = max(0, len(items) - start - REFERENCE_AT_ONCE)
+            told = None if progress is None else _further(progress, computed, rest)
+            keys, todo = self._fill_part(items, start, filed, files, told, more=rest > 0)
+            seen.frombytes(b"".join(key[:8] for key in keys))
+            computed += todo
+        return {"groups": len(np.unique(np.frombuffer(seen, dtype=np.uint64))), "computed": computed}
+
+    def _fill_part(
+        self,
+        items: Sequence[Item],
+        start: int,
+        filed: str,
+        files: Sequence[Kept],
+        progress: Any,
+        *,
+        more: bool,
+    ) -> tuple[list[bytes], int]:
+        """Fill the items from ``start`` on; returns their keys, and how many groups were computed."""
+        part = items[start : start + REFERENCE_AT_ONCE]
+        keys = [group_key(item.tokens) for item in part]
+        of = dict(zip(keys, part, strict=True))
         known = self.ranks.first(lambda: _look_up(files, filed, of))
         todo = [key for key in of if key not in known]
-        for part in self.ranks.gather(self._reference_logps([of[key] for key in todo], progress)):
-            known |= part
+        for found in self.ranks.gather(self._reference_logps([of[key] for key in todo], progress)):
+            known |= found
         if self.ranks.writes:
             for file in files:
-                file.put(filed, known)
-        for key, item in zip(keys, items, strict=True):
-            item.ref_logps = [math.fsum(part) for part in _cut(known[key], item.lengths)]
+                file.put(filed, known, more=more)
+        for i, (key, item) in enumerate(zip(keys, part, strict=True), start):
+            item.ref_logps = [math.fsum(own) for own in _cut(known[key], item.lengths)]
             item.ref_per_token_logps = known[key] if "ref_per_token_logps" in self.names else []
-        return {"groups": len(of), "computed": len(todo)}
+            keep_reference(items, i, item)
+        return keys, len(todo)
 
     def _reference_logps(self, items: Sequence[Item], progress: Any) -> dict[bytes, list[float]]:
         """By group, the reference's log-probs of the scored tokens of this process's share of ``items``."""
@@ -149,6 +180,11 @@ class Provider:
         """The layout that the model in training and the reference can both take."""
         reference = self.reference.model
         return layout_for(self.layout, self.model, *(() if reference is None else (reference,)))
+
+
+def _further(progress: Any, before: int, rest: int) -> Any:
+    """Progress of a part, told as that of the whole: ``before`` were done before it, at most ``rest`` come after."""
+    return lambda stage, done, total, note: progress(stage, before + done, before + total + rest, note)
 
 
 def _look_up(files: Sequence[Kept], reference: str, items: Mapping[bytes, Item]) -> dict[bytes, list[float]]:

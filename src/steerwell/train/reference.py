@@ -103,19 +103,21 @@ class Kept:
             self._set_aside(error)
             return {}
 
-    def put(self, reference: str, values: Mapping[bytes, Sequence[float]]) -> None:
-        """Keep log-probs by group (in fp32, as they were computed)."""
+    def put(self, reference: str, values: Mapping[bytes, Sequence[float]], *, more: bool = False) -> None:
+        """Keep log-probs by group (in fp32, as they were computed). ``more`` will follow: the file's limit waits
+        for the last.
+        """
         if not values:
             return
         try:
-            self._put(reference, values)
+            self._put(reference, values, more)
         except sqlite3.DatabaseError as error:
             if isinstance(error, sqlite3.OperationalError):  # a full disk, a lock, a folder without rights
                 self.trouble = f"reference log-probs were not kept in {self.path} ({error})"
                 return
             self._set_aside(error)
             try:
-                self._put(reference, values)
+                self._put(reference, values, more)
             except sqlite3.Error:
                 return
         except OSError as error:
@@ -137,12 +139,13 @@ class Kept:
                 file.execute("UPDATE used SET at = ? WHERE reference = ?", (time.time(), reference))
         return found
 
-    def _put(self, reference: str, values: Mapping[bytes, Sequence[float]]) -> None:
+    def _put(self, reference: str, values: Mapping[bytes, Sequence[float]], more: bool) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with closing(self._open()) as file, file:
             file.execute("INSERT OR REPLACE INTO used VALUES (?, ?)", (reference, time.time()))
             file.executemany("INSERT OR REPLACE INTO logps VALUES (?, ?, ?, ?)", _rows(reference, values))
-            self._make_room(file, reference)
+            if not more:
+                self._make_room(file, reference)
 
     def _make_room(self, file: sqlite3.Connection, current: str) -> None:
         total = file.execute("SELECT coalesce(sum(length(logps)), 0) FROM logps").fetchone()[0]

@@ -143,7 +143,6 @@ def check_data(terms: Sequence[Term], groups: Sequence[CompletionGroup], what: s
     """Raise :class:`InputError` when the groups lack what an objective takes: "kto needs labels; 0 of …"."""
     if not groups:
         raise InputError(f"{what} is empty", mend="Give at least one group with completions.")
-    total = sum(len(group.completions) for group in groups)
     for term in terms:
         names = term.tensors
         if "pairs" in names and not any(group.pairs for group in groups):
@@ -153,21 +152,26 @@ def check_data(terms: Sequence[Term], groups: Sequence[CompletionGroup], what: s
             )
         if "labels" in names and not any(_known(group.labels) for group in groups):
             raise InputError(
-                f"{term.name} needs labels; 0 of {total} completions have one",
+                f"{term.name} needs labels; 0 of {_completions(groups)} completions have one",
                 mend="Resolve label annotations first: steerwell.resolve.labels(groups).",
             )
         if ("rewards" in names or "advantages" in names) and not any(_known(g.scores) for g in groups):
             raise InputError(
-                f"{term.name} needs rewards; 0 of {total} completions in {what} have a score",
+                f"{term.name} needs rewards; 0 of {_completions(groups)} completions in {what} have a score",
                 mend="Resolve score annotations first: steerwell.resolve.mean(groups), or train on rollouts.",
             )
         if "old_per_token_logps" in names and not any(
             completion.old_logps is not None for group in groups for completion in group.completions
         ):
             raise InputError(
-                f"{term.name} needs sampled completions with old_logps; 0 of {total} in {what} have them",
+                f"{term.name} needs sampled completions with old_logps; 0 of {_completions(groups)} in {what} "
+                "have them",
                 mend="Sample with policy.sample, or train on steerwell.rollouts.",
             )
+
+
+def _completions(groups: Sequence[CompletionGroup]) -> int:
+    return sum(len(group.completions) for group in groups)
 
 
 def demonstrations(group: CompletionGroup) -> list[bool]:
