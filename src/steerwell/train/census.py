@@ -103,12 +103,13 @@ def tokenised(
     tokenizer: Any,
     config: TrainConfig,
     layout: Layout,
+    context: int | None,
 ) -> tuple[Prepared, float]:
-    """The items of recorded groups, and the CPU seconds that making them took."""
+    """The items of recorded groups, and the CPU seconds that making them took. Raises as :func:`prepare` does."""
     begin = time.process_time()
     if not groups:
         return Prepared([], {}), 0.0
-    data = prepare(groups, terms, tokenizer, config.max_length, layout)
+    data = prepare(groups, terms, tokenizer, config.max_length, layout, context=context)
     return data, time.process_time() - begin
 
 

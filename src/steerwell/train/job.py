@@ -12,7 +12,7 @@ from steerwell.data.types import CompletionGroup
 from steerwell.models.batch import Layout
 from steerwell.train.census import tokenised
 from steerwell.train.config import Recipe, TrainConfig
-from steerwell.train.items import Prepared, refuse_longer
+from steerwell.train.items import Prepared
 from steerwell.train.loop import checked
 from steerwell.train.provide import REFERENCE_NAMES
 from steerwell.train.recipe import _recorded, _rollouts
@@ -42,10 +42,9 @@ class Job:
         """The tokenised data, the held-out data, and the CPU seconds that tokenising them took."""
         key = config.max_length, layout
         if key not in self.known:
-            data, seconds = tokenised(self.groups, self.terms, self.tokenizer, config, layout)
-            held_out, more = tokenised(self.eval_groups, self.terms, self.tokenizer, config, layout)
-            refuse_longer(data.items, self.context)
-            refuse_longer(held_out.items, self.context)
+            asked = (self.terms, self.tokenizer, config, layout, self.context)
+            data, seconds = tokenised(self.groups, *asked)
+            held_out, more = tokenised(self.eval_groups, *asked)
             self.known[key] = data, held_out, seconds + more
         return self.known[key]
 
