@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import subprocess
 import sys
@@ -106,3 +107,20 @@ def test_the_python_of_the_readme_runs(tmp_path: Path, monkeypatch: pytest.Monke
     losses = names["losses"]
     assert isinstance(losses, torch.Tensor)
     assert losses.item() == pytest.approx(-torch.nn.functional.logsigmoid(torch.tensor(margin)).item())
+
+
+def test_the_figures_against_trl_are_those_of_the_result_files() -> None:
+    page = (ROOT / "docs" / "training.md").read_text("utf-8")
+    files = sorted((ROOT / "benchmarks" / "results").glob("train_vs_trl_*.json"))
+    assert len(files) >= 6
+    for file in files:
+        row = next(line for line in page.splitlines() if f"results/{file.name})" in line)
+        summary = json.loads(file.read_text())["summary"]
+        seconds = [summary[side]["training_cpu_seconds"] for side in ("steerwell", "trl")]
+        ratios = [summary["cpu_ratio"], summary["cpu_ratio_outside_the_kernel"]]
+        cells = [cell.strip(" *") for cell in row.split("|")[2:-1]]
+        assert cells[:2] == [f"{x:.1f} s" for x in seconds]
+        assert cells[2:4] == [f"{x:.1f}×" for x in ratios]
+        assert cells[4] == f"1/{summary['memory_ratio']:.1f}"
+        assert cells[5] == f"{summary['steerwell']['share_of_matmul_rate']:.0%}"
+        assert summary["largest_loss_difference"] < 1e-5
