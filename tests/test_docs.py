@@ -124,3 +124,11 @@ def test_the_figures_against_trl_are_those_of_the_result_files() -> None:
         assert cells[4] == f"1/{summary['memory_ratio']:.1f}"
         assert cells[5] == f"{summary['steerwell']['share_of_matmul_rate']:.0%}"
         assert summary["largest_loss_difference"] < 1e-5
+
+
+def test_the_figures_of_growth_are_those_of_the_result_file() -> None:
+    page = (ROOT / "docs" / "training.md").read_text("utf-8")
+    sizes = json.loads((ROOT / "benchmarks" / "results" / "growth.json").read_text())["sizes"]
+    assert [one["pairs"] for one in sizes] == [1000, 4000, 16000, 64000]
+    assert ", ".join(f"{1000 * one['cpu_seconds'] / one['pairs']:.1f}" for one in sizes) + " CPU ms" in page
+    assert ", ".join(f"{one['peak_mib']:.0f}" for one in sizes) + " MiB" in page

@@ -74,7 +74,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             traceback.print_exc()
         line, status = explain_error(error)
         if not getattr(error, "_steerwell_told", False):  # of several processes the one that failed speaks
-            _say(f"error: {line}")
+            _say(f"error{' (process ' + os.environ['RANK'] + ')' if silent() else ''}: {line}")
         return status
     finally:
         if before is not None:
