@@ -17,7 +17,7 @@ from steerwell.models.batch import tree
 from steerwell.models.forward import per_token_logps
 from steerwell.models.load import load_policy
 from steerwell.train import layers, train
-from steerwell.train.layers import activation_bytes, free_memory, needs_checkpointing, set_layers
+from steerwell.train.layers import activation_bound, free_memory, needs_checkpointing, set_layers
 from tiny import random_groups, tiny_policy_dir
 
 SETTINGS: dict[str, Any] = {"learning_rate": 3e-3, "batch_size": 4, "steps": 3}
@@ -99,10 +99,10 @@ def test_a_copy_of_a_model_runs_its_own_layers() -> None:
 
 def test_auto_asks_the_memory(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     model = tiny_policy().model
-    needed = activation_bytes(model, 1000)
+    needed = activation_bound(model, 1000)
     # hidden 32, 4 heads and 2 groups of 8, intermediate 48, 2 layers, 4 bytes
     assert needed == 1000 * 2 * (16 * 32 + 6 * 8 * 8 + 4 * 48) * 4
-    assert activation_bytes(model.to(torch.bfloat16), 1000) == needed // 2
+    assert activation_bound(model.to(torch.bfloat16), 1000) == needed // 2
     assert free_memory(torch.device("cpu")) is not None
     for free, wanted in ((None, False), (2**40, False), (needed, True)):
         monkeypatch.setattr(layers, "free_memory", lambda device, free=free: free)
@@ -129,7 +129,7 @@ def test_the_estimate_of_activations_is_from_above() -> None:
         out = hidden_states(model, batch)
     tokens = len(batch.input_ids.flatten())
     assert out.requires_grad
-    assert sum(kept.values()) < activation_bytes(model, tokens) < 3 * sum(kept.values())
+    assert sum(kept.values()) < activation_bound(model, tokens) < 3 * sum(kept.values())
 
 
 def test_a_model_without_known_layers_is_refused() -> None:

@@ -94,6 +94,13 @@ def from_hub(place: str) -> bool:
     return True
 
 
+def model_place(path: str | Path) -> str | Path:
+    """Where a model lies: a run directory means its ``model``; any other path or hub name means itself."""
+    inside = Path(path) / "model"
+    is_run = (inside / "config.json").is_file() and not (Path(path) / "config.json").is_file()
+    return inside if is_run else path
+
+
 def save_directory(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -220,6 +227,7 @@ __all__ = [
     "disk_errors",
     "first_line",
     "from_hub",
+    "model_place",
     "quiet",
     "read_json",
     "remembered_digest",

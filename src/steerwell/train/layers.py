@@ -38,7 +38,7 @@ def set_layers(
     """
     if not (recompute or compiled):
         return lambda: None
-    layers = decoder_layers(model)
+    layers = recomputable_layers(model)
     if not layers:
         raise InputError(
             f"the layers of {type(unwrap(model)).__name__} are not known",
@@ -63,7 +63,7 @@ def set_layers(
     return take_back
 
 
-def decoder_layers(model: nn.Module) -> list[nn.Module]:
+def recomputable_layers(model: nn.Module) -> list[nn.Module]:
     """The layers whose activations transformers knows how to compute again."""
     return [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
 
@@ -98,14 +98,14 @@ def needs_checkpointing(model: nn.Module, tokens: int) -> bool:
     """
     device = next(model.parameters()).device
     free = free_memory(device)
-    if free is None or not decoder_layers(model):
+    if free is None or not recomputable_layers(model):
         return False
     trained = sum(p.numel() * max(4, p.element_size()) for p in model.parameters() if p.requires_grad)
     chunk = CHUNK_CPU if device.type == "cpu" else CHUNK_ACCELERATOR
-    return 3 * trained + activation_bytes(model, tokens) + 3 * 4 * chunk > MARGIN * free
+    return 3 * trained + activation_bound(model, tokens) + 3 * 4 * chunk > MARGIN * free
 
 
-def activation_bytes(model: nn.Module, tokens: int) -> int:
+def activation_bound(model: nn.Module, tokens: int) -> int:
     """Bytes that the layers keep for the backward pass over ``tokens`` tokens: about
     16 hidden + 6 (queries + keys + values) + 4 intermediate numbers per token and layer.
     """
@@ -137,4 +137,4 @@ def free_memory(device: torch.device) -> int | None:
             return None
 
 
-__all__ = ["activation_bytes", "decoder_layers", "free_memory", "needs_checkpointing", "set_layers"]
+__all__ = ["activation_bound", "free_memory", "needs_checkpointing", "recomputable_layers", "set_layers"]

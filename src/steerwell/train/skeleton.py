@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceC
 from steerwell.data.errors import InputError
 from steerwell.models.adapters import Adapter, AdapterKind, add_adapter
 from steerwell.models.attention import takes_tree, use_steerwell_attention
-from steerwell.models.directory import check_directory, first_line, quiet
+from steerwell.models.directory import check_directory, first_line, model_place, quiet
 from steerwell.models.render import TEMPLATE_MEND
 
 NF4 = 4.127 / 8  # bytes per weight in 4 bits with doubly quantised scales (arXiv:2305.14314, section 3)
@@ -45,7 +45,7 @@ class Skeleton:
 
 def tokenizer_of(path: str) -> Any:
     """The tokenizer of a model; raises :class:`InputError` where training would."""
-    place = check_directory(_inside(path))
+    place = check_directory(model_place(path))
     with quiet():
         try:
             tokenizer = AutoTokenizer.from_pretrained(place, trust_remote_code=False)
@@ -62,7 +62,7 @@ def tokenizer_of(path: str) -> Any:
 
 def config_of(path: str) -> Any:
     """The configuration of a model, without its weights. Raises :class:`InputError` where there is none."""
-    place = check_directory(_inside(path))
+    place = check_directory(model_place(path))
     with quiet():
         try:
             return AutoConfig.from_pretrained(place, trust_remote_code=False)
@@ -122,14 +122,6 @@ def skeleton(
         gathered=gathered,
         passed=passed,
     )
-
-
-def _inside(path: str) -> str:
-    """A run directory means its model."""
-    place = Path(path)
-    if not (place / "config.json").is_file() and (place / "model" / "config.json").is_file():
-        return str(place / "model")
-    return path
 
 
 def _made(kind: Any, config: Any, dtype: torch.dtype, path: str) -> Any:

@@ -12,6 +12,7 @@ import torch
 from steerwell.data.errors import InputError
 from steerwell.data.messages import digest
 from steerwell.models.adapters import Adapter, fresh_adapter, scalings, settings_of
+from steerwell.models.directory import model_place
 from steerwell.models.load import Policy, RewardModel, load_policy, load_reward_model, weights_digest
 from steerwell.models.sharding import shard, skeleton
 from steerwell.train.config import LEARNING_RATES, LORA_FACTOR, TrainConfig
@@ -26,14 +27,11 @@ Model = Policy | RewardModel
 
 def load_model(path: str | Path, reward: bool, adapter: Adapter | None = None) -> Model:
     """A model from its directory, or from a run directory (its ``model``)."""
-    place = Path(path)
-    if not (place / "config.json").is_file() and (place / "model" / "config.json").is_file():
-        place = place / "model"
-    name = str(place) if place.is_dir() else path
-    config = place / "config.json"
+    place = model_place(path)
+    config = Path(place) / "config.json"
     if reward and config.is_file() and "ForSequenceClassification" in config.read_text("utf-8"):
-        return load_reward_model(name, **settings_of(adapter))
-    return load_policy(name, **settings_of(adapter))
+        return load_reward_model(place, **settings_of(adapter))
+    return load_policy(place, **settings_of(adapter))
 
 
 def completed(config: TrainConfig, terms: Sequence[Term], given: Model) -> TrainConfig:
