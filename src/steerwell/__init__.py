@@ -30,9 +30,9 @@ if TYPE_CHECKING:
     from steerwell.evals.stats import Estimate as Estimate
     from steerwell.evals.task import evaluate as evaluate
     from steerwell.models.load import Policy as Policy
-    from steerwell.models.load import RewardModel as RewardModel
     from steerwell.models.load import load_policy as load_policy
-    from steerwell.models.load import load_reward_model as load_reward_model
+    from steerwell.models.reward_model import RewardModel as RewardModel
+    from steerwell.models.reward_model import load_reward_model as load_reward_model
     from steerwell.train.loop import train as train
     from steerwell.train.sources import rollouts as rollouts
 
@@ -49,7 +49,7 @@ _PLACES: dict[str, tuple[str, str]] = {
     "Pair": ("steerwell.data.types", "Pair"),
     "Policy": ("steerwell.models.load", "Policy"),
     "Prompt": ("steerwell.data.types", "Prompt"),
-    "RewardModel": ("steerwell.models.load", "RewardModel"),
+    "RewardModel": ("steerwell.models.reward_model", "RewardModel"),
     "Source": ("steerwell.data.types", "Source"),
     "Store": ("steerwell.data.store", "Store"),
     "audit": ("steerwell.data.quality", "audit"),
@@ -57,7 +57,7 @@ _PLACES: dict[str, tuple[str, str]] = {
     "judges": ("steerwell.judges", ""),
     "load": ("steerwell.data.formats", "load"),
     "load_policy": ("steerwell.models.load", "load_policy"),
-    "load_reward_model": ("steerwell.models.load", "load_reward_model"),
+    "load_reward_model": ("steerwell.models.reward_model", "load_reward_model"),
     "objectives": ("steerwell.objectives", ""),
     "open": ("steerwell.data.store", "open_store"),
     "resolve": ("steerwell.data.resolve", ""),

@@ -11,7 +11,8 @@ from steerwell.data.errors import InputError
 from steerwell.data.messages import Message, as_messages
 from steerwell.data.types import Completion, CompletionGroup, Source
 from steerwell.judges import Judge, parse, reward_model
-from steerwell.models.load import RewardModel, load_policy
+from steerwell.models.load import load_policy
+from steerwell.models.reward_model import RewardModel
 from tiny import tiny_policy_dir
 
 

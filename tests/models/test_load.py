@@ -19,17 +19,15 @@ from transformers.utils import logging as hf_logging
 from steerwell.data.errors import InputError
 from steerwell.data.messages import Message, as_messages
 from steerwell.data.types import Completion, CompletionGroup
-from steerwell.models import directory, load
+from steerwell.models import directory, load, reward_model
 from steerwell.models.batch import build
 from steerwell.models.forward import per_token_logps, reward_scores
 from steerwell.models.load import (
     Policy,
-    RewardModel,
-    ScoringRecipe,
     load_policy,
-    load_reward_model,
     weights_digest,
 )
+from steerwell.models.reward_model import RewardModel, ScoringRecipe, load_reward_model
 from tiny import END, SIZES, VOCAB, tiny_llama, tiny_policy_dir, tiny_qwen3, tiny_tokenizer
 
 
@@ -169,7 +167,7 @@ def test_a_reward_model_starts_from_the_policys_backbone(policy: Policy) -> None
 
 def test_a_reward_model_without_a_recipe_reads_the_last_token(tmp_path: Path, policy: Policy) -> None:
     path = RewardModel.from_policy(policy).save(tmp_path / "rm")
-    (path / load.SCORING_FILE).unlink()
+    (path / reward_model.SCORING_FILE).unlink()
     assert load_reward_model(path).recipe == ScoringRecipe("last", 0.0, 1.0)
     for text, what in (
         ('{"pooling": "first"}', "unknown pooling 'first'"),
@@ -177,7 +175,7 @@ def test_a_reward_model_without_a_recipe_reads_the_last_token(tmp_path: Path, po
         ('{"poling": "last"}', "not a scoring recipe"),
         ("[", "not JSON"),
     ):
-        (path / load.SCORING_FILE).write_text(text)
+        (path / reward_model.SCORING_FILE).write_text(text)
         with pytest.raises(InputError, match=what):
             load_reward_model(path)
 

@@ -11,7 +11,8 @@ import torch
 from safetensors.torch import load_file
 from small_runs import LengthJudge, largest_difference, lines, pair_groups, tiny_policy, weights
 
-from steerwell.models.load import RewardModel, load_policy
+from steerwell.models.load import load_policy
+from steerwell.models.reward_model import RewardModel
 from steerwell.train import rollouts, train
 from steerwell.train.precision import MasterWeights, cast, dtype_of, in_dtype, resolved_dtype, set_precision
 from tiny import tiny_policy_dir

@@ -14,7 +14,8 @@ from small_runs import LengthJudge, pair_groups, text_group, tiny_policy
 
 from steerwell.data.errors import InputError
 from steerwell.data.types import Pair
-from steerwell.models.load import Policy, RewardModel, load_policy
+from steerwell.models.load import Policy, load_policy
+from steerwell.models.reward_model import RewardModel
 from steerwell.models.tree_plan import TreePlan
 from steerwell.train import TrainingError, preflight, rollouts, train
 from steerwell.train.preflight import LN2

@@ -10,7 +10,8 @@ from torch import Tensor
 from steerwell.data.errors import InputError
 from steerwell.data.messages import Message, as_messages
 from steerwell.data.types import CompletionGroup, Pair
-from steerwell.models.load import Policy, RewardModel
+from steerwell.models.load import Policy
+from steerwell.models.reward_model import RewardModel
 from steerwell.train.items import Item, gather, items_digest, prepare, set_advantages
 from steerwell.train.loop import checked
 from steerwell.train.provide import Provider

@@ -12,7 +12,8 @@ from steerwell.data.types import Prompt
 if TYPE_CHECKING:
     from steerwell.data.store import Store
     from steerwell.judges import Judge
-    from steerwell.models.load import Policy, RewardModel
+    from steerwell.models.load import Policy
+    from steerwell.models.reward_model import RewardModel
 
 SQLITE = b"SQLite format 3\x00"
 
@@ -47,7 +48,7 @@ def load_model(word: str) -> Policy | RewardModel:
     """The reward model or policy that lies there; its name is the word as given."""
     path = model_path(word)
     if (Path(path) / "steerwell_scoring.json").exists():
-        from steerwell.models.load import load_reward_model
+        from steerwell.models.reward_model import load_reward_model
 
         return load_reward_model(path, name=word)
     from steerwell.models.load import load_policy

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from steerwell.data.types import Annotation, CompletionGroup
 
 if TYPE_CHECKING:
-    from steerwell.models.load import RewardModel
+    from steerwell.models.reward_model import RewardModel
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ def reward_model(path_or_model: str | Path | RewardModel, *, name: str | None = 
     directory holds no reward model.
     """
     if isinstance(path_or_model, str | Path):
-        from steerwell.models.load import load_reward_model
+        from steerwell.models.reward_model import load_reward_model
 
         place = Path(path_or_model)
         inside = place / "model"

@@ -1,4 +1,4 @@
-"""Models in and out of directories: policies and reward models in the standard Hugging Face layout.
+"""Policies in and out of directories of the standard Hugging Face layout, and what loading any model takes.
 
 Only safetensors are read, and no code from a model directory is run.
 """
@@ -6,11 +6,9 @@ Only safetensors are read, and no code from a model directory is run.
 from __future__ import annotations
 
 import copy
-import hashlib
-import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +17,6 @@ from safetensors import SafetensorError
 from torch import nn
 from transformers import (
     AutoModelForCausalLM,
-    AutoModelForSequenceClassification,
     AutoTokenizer,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -31,31 +28,24 @@ from steerwell.data.types import CompletionGroup, Prompt
 from steerwell.models.adapters import (
     Adapter,
     AdapterKind,
-    adapter_below_head,
     add_adapter,
     asked_adapter,
     four_bits,
-    fresh_adapter,
     merged,
-    without_adapter,
 )
 from steerwell.models.batch import build, layout_for, pack
-from steerwell.models.classifier import check_classifier, classifier_on
 from steerwell.models.directory import (
     check_directory,
     first_line,
     from_hub,
     quiet,
-    read_json,
     remembered_digest,
     save_directory,
     weights_digest,
 )
 from steerwell.models.forward import (
-    Pooling,
     adopt,
     per_token_logps,
-    reward_scores,
     sum_by_owner,
     unwrap,
 )
@@ -64,9 +54,7 @@ from steerwell.models.render import TEMPLATE_MEND, TokenizedGroup, ending, token
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-SCORING_FILE = "steerwell_scoring.json"
 MAX_TOKENS = 16384  # encoded at once when nothing is trained
-POOLINGS = ("last", "mean")
 
 
 def set_threads(n: int = 1) -> None:
@@ -139,8 +127,8 @@ class Policy:
     @torch.no_grad()
     def logps(self, groups: Iterable[CompletionGroup], *, max_tokens: int = MAX_TOKENS) -> list[list[float]]:
         """Summed log-probability (nats) of every completion given its prompt, one list per group."""
-        with _evaluating(self.model):
-            return _by_group(
+        with evaluating(self.model):
+            return by_group(
                 self.tokenize(groups),
                 lambda batch: sum_by_owner(per_token_logps(self.model, batch), batch.owner, batch.n),
                 self.model,
@@ -158,93 +146,6 @@ class Policy:
     def copy(self) -> Policy:
         """An independent copy with equal weights, on the same device."""
         return Policy(copy.deepcopy(self.model), self.tokenizer, self.name, self.path, self._digest)
-
-
-@dataclass(frozen=True)
-class ScoringRecipe:
-    """How raw outputs become scores: which states are read, and ``(raw - mean) / std``."""
-
-    pooling: Pooling = "last"
-    mean: float = 0.0
-    std: float = 1.0
-
-    def __post_init__(self) -> None:
-        if self.pooling not in POOLINGS:
-            raise InputError(f"unknown pooling {self.pooling!r}", mend=nearest(str(self.pooling), POOLINGS))
-        if not self.std > 0:
-            raise InputError(f"the scale of scores must be positive, got {self.std}", mend="Use std=1.0.")
-
-
-@dataclass(eq=False)
-class RewardModel:
-    """A sequence classifier with one label that scores completions; higher is better."""
-
-    model: Any
-    tokenizer: PreTrainedTokenizerBase
-    recipe: ScoringRecipe = ScoringRecipe()
-    name: str = "reward-model"
-    path: str = ""
-    _digest: tuple[Any, str] | None = field(default=None, repr=False)
-
-    @classmethod
-    def from_policy(
-        cls, policy: Policy, *, pooling: Pooling = "last", name: str | None = None
-    ) -> RewardModel:
-        """A reward model on a copy of the policy's backbone; its new head is close to zero, always the same.
-
-        A policy with an adapter gives a reward model with a new adapter of the same form, over the weights
-        that the policy has with its own one.
-
-        Raises :class:`InputError` for an architecture without a sequence classifier in ``transformers``.
-        """
-        adapter = adapter_below_head(policy.model)
-        fresh = adapter is not None and fresh_adapter(policy.model)
-        source = without_adapter(policy.model) if fresh else merged(policy.model)
-        if source is policy.model:
-            source = copy.deepcopy(source)
-        model = classifier_on(source, _pad_id(policy.tokenizer), policy.path or None)
-        whole: Any = model if adapter is None else add_adapter(model, adapter)
-        return cls(whole, policy.tokenizer, ScoringRecipe(pooling), name or f"{policy.name}-reward")
-
-    @property
-    def device(self) -> torch.device:
-        """Where the weights are."""
-        return next(self.model.parameters()).device
-
-    def digest(self) -> str:
-        """Identity of the weights and the recipe."""
-        self._digest = remembered_digest(self.model, self._digest)
-        words = json.dumps(asdict(self.recipe), sort_keys=True)
-        return hashlib.blake2b((self._digest[1] + words).encode(), digest_size=12).hexdigest()
-
-    def tokenize(
-        self, groups: Iterable[CompletionGroup], max_length: int | None = None
-    ) -> list[TokenizedGroup]:
-        """Token ids of groups; see :func:`steerwell.models.render.tokenize_groups`."""
-        return tokenize_groups(self.tokenizer, groups, max_length)
-
-    @torch.no_grad()
-    def score(self, groups: Iterable[CompletionGroup], *, max_tokens: int = MAX_TOKENS) -> list[list[float]]:
-        """The score of every completion, one list per group; the same whatever else is in the batch."""
-        with _evaluating(self.model):
-            raw = _by_group(
-                self.tokenize(groups),
-                lambda batch: reward_scores(self.model, batch, self.recipe.pooling),
-                self.model,
-                max_tokens,
-            )
-        return [[(x - self.recipe.mean) / self.recipe.std for x in scores] for scores in raw]
-
-    def save(self, path: str | Path) -> Path:
-        """Write a complete model directory with its scoring recipe; see :meth:`Policy.save`."""
-        recipe = json.dumps({"version": 1, **asdict(self.recipe)}, indent=2) + "\n"
-        return save_directory(merged(self.model), self.tokenizer, Path(path), {SCORING_FILE: recipe})
-
-    def copy(self) -> RewardModel:
-        """An independent copy with equal weights, on the same device."""
-        return RewardModel(
-            copy.deepcopy(self.model), self.tokenizer, self.recipe, self.name, self.path, self._digest
-        )
 
 
 def load_policy(
@@ -270,51 +171,10 @@ def load_policy(
     adapter that cannot be had.
     """
     asked = asked_adapter(lora, adapter, lora_alpha, lora_targets)
-    model, tokenizer = _load(AutoModelForCausalLM, path, device, dtype, asked)
+    model, tokenizer = load_parts(AutoModelForCausalLM, path, device, dtype, asked)
     return Policy(
-        model if asked is None else add_adapter(model, asked), tokenizer, name or _name(path), str(path)
+        model if asked is None else add_adapter(model, asked), tokenizer, name or name_of(path), str(path)
     )
-
-
-def load_reward_model(
-    path: str | Path,
-    *,
-    lora: int | None = None,
-    adapter: AdapterKind = "lora",
-    lora_alpha: float | None = None,
-    lora_targets: Iterable[str] | None = None,
-    device: str | torch.device | None = None,
-    dtype: str | torch.dtype | None = None,
-    name: str | None = None,
-) -> RewardModel:
-    """Load a reward model: a sequence classifier with one label. Without a recipe it reads the last token.
-
-    With ``lora`` a new adapter and the head are trained, and nothing else; see :func:`load_policy`.
-
-    Raises :class:`InputError` as :func:`load_policy` does, and for a directory that holds a language model.
-    """
-    asked = asked_adapter(lora, adapter, lora_alpha, lora_targets)
-    local = Path(path).expanduser()
-    if (local / "config.json").is_file():
-        config = read_json(local / "config.json")
-        kinds = [str(kind) for kind in config.get("architectures") or []]
-        if kinds and not any("ForSequenceClassification" in kind for kind in kinds):
-            raise InputError(
-                f"this is a {kinds[0]}, not a reward model",
-                file=path,
-                mend='Train one from it: a recipe with objective = "bradley_terry".',
-            )
-    recipe = ScoringRecipe()
-    if (local / SCORING_FILE).is_file():
-        given = {k: v for k, v in read_json(local / SCORING_FILE).items() if k != "version"}
-        try:
-            recipe = ScoringRecipe(**given)
-        except TypeError as error:
-            raise InputError(f"not a scoring recipe ({error})", file=local / SCORING_FILE) from error
-    model, tokenizer = _load(AutoModelForSequenceClassification, path, device, dtype, asked)
-    check_classifier(model, path)
-    whole: Any = model if asked is None else add_adapter(model, asked)
-    return RewardModel(whole, tokenizer, recipe, name or _name(path), str(path))
 
 
 DTYPES = {
@@ -340,13 +200,16 @@ def number_type(dtype: str | torch.dtype | None, device: torch.device) -> torch.
     return DTYPES[dtype.removeprefix("torch.")]
 
 
-def _load(
+def load_parts(
     kind: Any,
     path: str | Path,
     device: str | torch.device | None,
     dtype: str | torch.dtype | None,
     adapter: Adapter | None,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The network and the tokenizer of a model directory, checked, on their device, and ready for batches. ``kind`` is
+    the class of ``transformers`` that reads it. Raises :class:`InputError` for all that can be wrong with it.
+    """
     place = check_directory(path)
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     dtype = number_type(dtype, device)
@@ -397,9 +260,10 @@ def _load(
     return model, tokenizer
 
 
-def _by_group(
+def by_group(
     groups: list[TokenizedGroup], values: Callable[[Any], torch.Tensor], model: Any, max_tokens: int
 ) -> list[list[float]]:
+    """``values`` of batches of the groups, under a token budget: one list per group, one number per completion."""
     layout, device = layout_for("auto", model), next(model.parameters()).device
     out: list[list[float]] = [[] for _ in groups]
     busy = [i for i, group in enumerate(groups) if group.sequences]
@@ -411,7 +275,7 @@ def _by_group(
 
 
 @contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
+def evaluating(model: nn.Module) -> Iterator[None]:
     """No dropout inside; the model's mode is put back afterwards."""
     training = model.training
     model.eval()
@@ -421,22 +285,21 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
         model.train(training)
 
 
-def _pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
-    pad = tokenizer.pad_token_id
-    return int(pad if pad is not None else ending(tokenizer).stop_id or 0)  # type: ignore[arg-type]
-
-
-def _name(path: str | Path) -> str:
+def name_of(path: str | Path) -> str:
+    """What a model is called: the last part of its path."""
     return Path(path).name or str(path)
 
 
 __all__ = [
+    "MAX_TOKENS",
     "Policy",
-    "RewardModel",
-    "ScoringRecipe",
+    "by_group",
+    "evaluating",
+    "load_parts",
     "load_policy",
-    "load_reward_model",
     "merged",
+    "name_of",
+    "number_type",
     "set_threads",
     "weights_digest",
 ]

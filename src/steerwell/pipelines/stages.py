@@ -29,7 +29,8 @@ from steerwell.data.quality import audit
 from steerwell.data.store import Store, open_store
 from steerwell.data.types import CompletionGroup, Prompt
 from steerwell.evals.stats import Estimate, mean, proportion
-from steerwell.models.load import Policy, RewardModel, load_policy, load_reward_model
+from steerwell.models.load import Policy, load_policy
+from steerwell.models.reward_model import RewardModel, load_reward_model
 from steerwell.pipelines.progress import Progress, silent
 from steerwell.train import train
 from steerwell.train.sources import rollouts

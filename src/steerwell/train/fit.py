@@ -20,7 +20,8 @@ import torch
 from torch import Tensor
 
 from steerwell.data.errors import InputError
-from steerwell.models.load import Policy, RewardModel
+from steerwell.models.load import Policy
+from steerwell.models.reward_model import RewardModel
 from steerwell.models.sharding import fill, own_part, whole
 from steerwell.train.best import Best
 from steerwell.train.checkpoint import (

@@ -23,7 +23,8 @@ from steerwell.models.adapters import (
     asked_adapter,
 )
 from steerwell.models.batch import layout_for
-from steerwell.models.load import Policy, RewardModel
+from steerwell.models.load import Policy
+from steerwell.models.reward_model import RewardModel
 from steerwell.objectives.table import hyperparameters
 from steerwell.train.best import Best, check_best
 from steerwell.train.config import (

@@ -13,7 +13,8 @@ from steerwell.data.errors import InputError
 from steerwell.data.messages import digest
 from steerwell.models.adapters import Adapter, fresh_adapter, scalings, settings_of
 from steerwell.models.directory import model_place
-from steerwell.models.load import Policy, RewardModel, load_policy, load_reward_model, weights_digest
+from steerwell.models.load import Policy, load_policy, weights_digest
+from steerwell.models.reward_model import RewardModel, load_reward_model
 from steerwell.models.sharding import shard, skeleton
 from steerwell.train.config import LEARNING_RATES, LORA_FACTOR, TrainConfig
 from steerwell.train.precision import dtype_of, in_dtype, keep_fine, resolved_dtype
