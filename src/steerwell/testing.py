@@ -128,8 +128,19 @@ def made_up(names: tuple[str, ...], *, prompts: int = 3, seed: int = 0, at_start
         "ref_per_token_logps": ref,
         "old_per_token_logps": old,
         "owner": owner,
+        "per_token_kl": apart * normal(len(owner)).square(),
+        "per_token_collision": -normal(len(owner)).square() - 0.05,
+        "token_weights": 0.5 + torch.rand(len(owner), generator=g, dtype=torch.float64),
+        "turns": _place_within(owner, lengths) // 2,
+        "steps": _place_within(owner, lengths) // 2,
+        "shared_tokens": torch.zeros(3 * prompts, dtype=torch.long),
     }
     return {name: everything[name] for name in dict.fromkeys((*names, "lengths", "owner", "group"))}
+
+
+def _place_within(owner: Tensor, lengths: Tensor) -> Tensor:
+    """Of each token, how many tokens of its completion come before it."""
+    return torch.arange(len(owner)) - (lengths.cumsum(0) - lengths)[owner]
 
 
 def take(batch: Batch, index: Tensor) -> tuple[Batch, dict[str, Tensor]]:
@@ -156,7 +167,9 @@ def take(batch: Batch, index: Tensor) -> tuple[Batch, dict[str, Tensor]]:
 def _learnt(objective: Objective, names: tuple[str, ...]) -> tuple[str, ...]:
     return tuple(
         name
-        for name in (("scores",) if objective.kind == "reward" else ("logps", "per_token_logps"))
+        for name in (
+            ("scores",) if objective.kind == "reward" else ("logps", "per_token_logps", "per_token_kl")
+        )
         if name in names
     )
 
@@ -218,6 +231,8 @@ def _check_sign(objective: Objective, names: tuple[str, ...], hyper: Mapping[str
         batch["pair_probs"] = torch.ones_like(batch["pair_probs"])
     slope = torch.zeros(n, dtype=torch.float64)
     for name, gradient in _evaluate(objective, names, batch, hyper).gradients.items():
+        if name == "per_token_kl":  # a distance from the reference prefers no completion
+            continue
         by_token = TENSORS[name].shape == ("S",)
         slope.index_add_(0, batch["owner"] if by_token else torch.arange(n), gradient)
     good, bad = slope[0::2], slope[1::2]

@@ -7,7 +7,7 @@ keys, help texts and documents come from the signature. It returns ``(losses, me
 The decorator :func:`objective` only notes a few facts on the function and enters it in :data:`TABLE`.
 Everything else here reads signatures and docstrings.
 
-Shape letters: N completions, S scored tokens, M pairs.
+Shape letters: N completions, S scored tokens, M pairs, R figures that are carried along.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ TENSORS: dict[str, TensorFacts] = {
     "labels": TensorFacts(("N",), torch.bool, "True where the completion is desirable"),
     "ranks": TensorFacts(("N",), torch.long, "place of the completion within its group, 0 is best"),
     "scores": TensorFacts(
-        ("N",), torch.float32, "score of each completion (the model's own for reward models)"
+        ("N",), torch.float32, "score of each completion: the data's, or the model's own for reward models"
     ),
     "rewards": TensorFacts(("N",), torch.float32, "given reward of each completion, NaN where there is none"),
     "group": TensorFacts(("N",), torch.long, "which prompt a completion answers"),
@@ -64,6 +64,21 @@ TENSORS: dict[str, TensorFacts] = {
     "ref_per_token_logps": TensorFacts(("S",), torch.float32, "the same under the frozen reference model"),
     "old_per_token_logps": TensorFacts(("S",), torch.float32, "the same under the policy that sampled"),
     "owner": TensorFacts(("S",), torch.long, "which completion a scored token belongs to"),
+    "per_token_kl": TensorFacts(
+        ("S",),
+        torch.float32,
+        "KL from the reference to the policy, over the vocabulary, where each token stands",
+    ),
+    "per_token_collision": TensorFacts(
+        ("S",), torch.float32, "log of the sum of the policy's squared probabilities there, without gradient"
+    ),
+    "token_weights": TensorFacts(("S",), torch.float32, "given weight of each scored token"),
+    "turns": TensorFacts(("S",), torch.long, "which of the assistant's turns in its completion, from 0"),
+    "steps": TensorFacts(("S",), torch.long, "which step of its completion a scored token is of, from 0"),
+    "shared_tokens": TensorFacts(
+        ("M",), torch.long, "how many scored tokens both completions of the pair begin with"
+    ),
+    "running": TensorFacts(("R",), torch.float32, "figures that the objective carries from step to step"),
 }
 UNIT_LETTER: dict[str, str] = {"pair": "M", "completion": "N", "token": "S"}
 DEFAULT_REDUCTION: dict[str, str] = {
@@ -76,6 +91,16 @@ UNIT_REDUCTIONS: dict[str, tuple[str, ...]] = {
     "completion": ("completion_mean",),
     "token": ("token_mean", "sequence_mean"),
 }
+
+
+class Running(Protocol):
+    """How an objective moves the figures that it carries from step to step (a moving average, for example)."""
+
+    def __call__(self, running: Tensor | None, **given: Any) -> Tensor:
+        """The figures (R,) for this step, float64 and without gradient, from those of the step before (None at the
+        first). ``given`` holds the objective's tensors over the whole step, and its hyperparameters.
+        """
+        ...
 
 
 class Objective(Protocol):
@@ -92,6 +117,7 @@ class Objective(Protocol):
     advantages: str | None
     mask: str | None
     only_if: Mapping[str, str]
+    running: Running | None
     notes: str
 
     def __call__(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Metrics]: ...
@@ -112,6 +138,7 @@ def objective(
     advantages: str | None = None,
     mask: str | None = None,
     only_if: Mapping[str, str] | None = None,
+    running: Running | None = None,
     notes: str = "",
 ) -> Callable[[F], F]:
     """Note these facts on a function and enter it in :data:`TABLE` under its name.
@@ -124,12 +151,18 @@ def objective(
     advantages: the usual name in ``advantages.ADVANTAGES``. mask: the bool tensor (N,) that selects
     completions.
     only_if: tensor -> hyperparameter; the tensor is needed only while that hyperparameter is not 0.
+    running: makes the optional tensor ``running``, which the loop carries from step to step and into checkpoints.
+    Without it, as in a plain call, the objective takes the figures of the batch at hand.
     Raises ObjectiveError if the signature breaks the rules of the module docstring.
     """
 
     def note(fn: F) -> F:
         chosen = reduction or DEFAULT_REDUCTION[unit]
         _check_signature(fn, unit, chosen, mask, only_if or {})
+        if (running is not None) != ("running" in _positional(fn)):
+            raise ObjectiveError(
+                f"{fn.__name__} takes the tensor running if and only if it says how it moves"
+            )
         name = fn.__name__
         known = TABLE.get(name)
         if known is not None and known.__module__ != fn.__module__:
@@ -138,6 +171,7 @@ def objective(
         noted.unit, noted.reduction, noted.source, noted.kind = unit, chosen, source, kind
         noted.decomposable, noted.surrogate, noted.advantages = decomposable, surrogate, advantages
         noted.mask, noted.only_if, noted.notes = mask, dict(only_if or {}), notes
+        noted.running = running
         TABLE[name] = cast(Objective, fn)
         return fn
 
@@ -170,7 +204,12 @@ def needs(fn: Callable[..., Any], hyper: Mapping[str, Any] | None = None) -> tup
 def optional(fn: Callable[..., Any]) -> tuple[str, ...]:
     """Names of the tensors that are used when there and not missed otherwise, such as ``pair_probs``."""
     only_if: Mapping[str, str] = getattr(fn, "only_if", {})
-    return tuple(n for n, p in _positional(fn).items() if p.default is not p.empty and n not in only_if)
+    carried = ("running",)  # the loop's own business, not the data's
+    return tuple(
+        n
+        for n, p in _positional(fn).items()
+        if p.default is not p.empty and n not in only_if and n not in carried
+    )
 
 
 def hyperparameters(fn: Callable[..., Any]) -> dict[str, Any]:
@@ -242,7 +281,9 @@ def explain(name: str | Callable[..., Any]) -> str:
         facts = TENSORS.get(tensor)
         shape = f" ({', '.join(facts.shape)})" if facts and facts.shape else ""
         when = ""
-        if tensor in fn.only_if:
+        if tensor == "running":
+            when = "; the loop carries them"
+        elif tensor in fn.only_if:
             when = f"; only if {fn.only_if[tensor]} is not 0"
         elif parameter.default is not parameter.empty:
             when = "; used when the data have it"
