@@ -5,6 +5,8 @@
 
 from __future__ import annotations
 
+from steerwell.objectives.anchored_pairs import apo_down, apo_zero, bco_pair, cal_dpo, nca_pair
+from steerwell.objectives.dpo_variants import discopop, dpo_shift, dpop, exo_pair, hinge, robust_dpo, spin
 from steerwell.objectives.policy_gradient import grpo, ppo_clip, reinforce, rloo
 from steerwell.objectives.preference import dpo, ipo, kto, sft, simpo
 from steerwell.objectives.reduce import denominator, reduce
@@ -28,16 +30,26 @@ __all__ = [
     "TENSORS",
     "Objective",
     "ObjectiveError",
+    "apo_down",
+    "apo_zero",
+    "bco_pair",
     "bradley_terry",
+    "cal_dpo",
     "check_hyperparameters",
     "denominator",
+    "discopop",
     "dpo",
+    "dpo_shift",
+    "dpop",
+    "exo_pair",
     "explain",
     "get",
     "grpo",
+    "hinge",
     "hyperparameters",
     "ipo",
     "kto",
+    "nca_pair",
     "needs",
     "objective",
     "optional",
@@ -45,6 +57,8 @@ __all__ = [
     "reduce",
     "reinforce",
     "rloo",
+    "robust_dpo",
     "sft",
     "simpo",
+    "spin",
 ]
