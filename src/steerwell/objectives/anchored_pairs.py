@@ -88,8 +88,8 @@ def nca_pair(
     Returns:
         losses (M,), 2 ln 2 for each pair at the start; rewards beta * h, margins and accuracies
     Failure modes:
-        Rewards are absolute: with hard labels the chosen side aims at r = ln 2 (the policy doubles its odds),
-        so a longer completion gets a smaller share per token.
+        Rewards are absolute: a completion that is always chosen aims at r = ln 2 (twice its probability if
+        beta = 1), so a longer one gets a smaller share per token.
         The rejected side is pushed with half the weight: margins are smaller than DPO's.
     Use when:
         The chosen completions' own probability must not fall (reasoning, code), at some cost in margin.

@@ -16,7 +16,7 @@ from steerwell.objectives.pair_losses import expected, expected_either, logistic
 from steerwell.objectives.table import Metrics, in_range, objective
 
 
-@objective(unit="pair", source="arXiv:2403.00409, equation 8 (rDPO)")
+@objective(unit="pair", source="arXiv:2403.00409, the rDPO loss")
 def robust_dpo(
     logps: Tensor,
     ref_logps: Tensor,
@@ -82,7 +82,7 @@ def hinge(
     return losses, pair_metrics(rewards, logps[pairs])
 
 
-@objective(unit="pair", source="arXiv:2402.13228, equation 3 (DPO-Positive, Smaug)")
+@objective(unit="pair", source="arXiv:2402.13228, the DPO-Positive loss (Smaug)")
 def dpop(
     logps: Tensor,
     ref_logps: Tensor,
@@ -237,8 +237,9 @@ def dpo_shift(
     Returns:
         losses (M,), ln 2 for each pair at the start; rewards beta * h without lam, margins and accuracies
     Differs:
-        lam is fixed. The paper also moves it along a line over the run, from 0.75 to 0.95 or back; as a
-        hyperparameter is constant within a call, such a schedule is a caller's loop over stages with one lam each.
+        lam is fixed. The paper also moves it along a line over the run, up or down; a hyperparameter is constant
+        within a run, so such a schedule is a sequence of runs, each with its lam, each from the last one's model
+        and with the first one's reference.
     Failure modes:
         Trades margin for the chosen completion's probability: accuracy and margin are lower than DPO's.
         With lam < 1 raising both sides lowers the loss: a policy may gain by being likelier everywhere in the data.
@@ -252,7 +253,7 @@ def dpo_shift(
     return losses, pair_metrics(rewards, logps[pairs])
 
 
-@objective(unit="pair", source="arXiv:2401.01335, equation 4.7 with the logistic loss")
+@objective(unit="pair", source="arXiv:2401.01335, the SPIN objective with the logistic loss")
 def spin(logps: Tensor, ref_logps: Tensor, pairs: Tensor, *, beta: float = 0.1) -> tuple[Tensor, Metrics]:
     """Self-play fine-tuning: demonstrations against what the policy of the last round answered.
 
@@ -260,7 +261,7 @@ def spin(logps: Tensor, ref_logps: Tensor, pairs: Tensor, *, beta: float = 0.1) 
         loss = -log s(beta (h_w - h_l)), w a demonstration, l a sample of the reference
         the reference is the policy of the round before, which sampled l
     Hyperparameters:
-        beta: the paper's lambda; how strongly a round is held to the round before (0.1, then 5 in its last round)
+        beta: the paper's lambda; how strongly a round is held to the round before
     Returns:
         losses (M,), ln 2 for each pair at the start; rewards beta * h, margins and accuracies
     Differs:
