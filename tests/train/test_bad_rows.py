@@ -22,7 +22,6 @@ from steerwell.data.errors import InputError
 from steerwell.data.messages import Message, conversation_id
 from steerwell.data.types import Completion, CompletionGroup, Pair
 from steerwell.models.load import Policy
-from steerwell.objectives.table import TABLE, objective
 from steerwell.train import TrainingError, checkpoint, rollouts, train
 from tiny import END, SIZES, VOCAB, tiny_llama, tiny_policy_dir, tiny_tokenizer
 
@@ -310,23 +309,6 @@ def test_a_late_refusal_leaves_nothing_and_what_was_done_stays(tmp_path: Path) -
     cohere = tiny_policy_dir(tmp_path, name="cohere", model=AutoModelForCausalLM.from_config(config))
     with pytest.raises(InputError, match="no sequence classifier"):
         train(cohere, pair_groups(), "bradley_terry", out=tmp_path / "runs" / "a", **SETTINGS)
-
-    @objective(unit="pair", decomposable=False, source="a test")
-    def coupled(logps, pairs, *, scale: float = 1.0):
-        """A loss that looks at all completions of a step.
-
-        Hyperparameters:
-            scale: a factor
-        """
-        return (logps.mean() - logps[pairs[0]]) * scale, {}
-
-    try:
-        with pytest.raises(InputError, match="do not fit max_tokens"):  # found in the first step
-            train(
-                tiny_policy(), pair_groups(), coupled, out=tmp_path / "runs" / "b", max_tokens=1, **SETTINGS
-            )
-    finally:
-        TABLE.pop("coupled", None)
     assert [path.name for path in tmp_path.iterdir()] == ["cohere"]
     train(tiny_policy(), pair_groups(), "dpo", out=tmp_path / "c", **SETTINGS)
     before = (tmp_path / "c" / "run.json").read_bytes()

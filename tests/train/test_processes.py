@@ -18,11 +18,10 @@ from processes_run import Stopped
 from safetensors.torch import load_file
 from small_runs import largest_difference, lines, pair_groups, tiny_policy
 
-from steerwell.data.errors import InputError
 from steerwell.train import train
-from steerwell.train.ranks import ALONE, Ranks, shares
+from steerwell.train.ranks import ALONE, shares
 
-KINDS = ("dpo", "mixture", "kto", "bradley_terry", "grpo", "lora")
+KINDS = ("dpo", "mixture", "kto", "aot", "bco", "bradley_terry", "grpo", "lora")
 ROUNDED = ("lora_bf16",)  # in bfloat16 the last digits depend on who is packed with whom
 TESTS = Path(__file__).parents[1]
 
@@ -170,22 +169,6 @@ def test_alone_nothing_is_sent() -> None:
     with pytest.raises(KeyError):
         ALONE.together(lambda: {}["missing"])
     assert ALONE.share([3, 2]) == [0, 1]
-
-
-def test_an_objective_that_looks_at_a_whole_step_needs_one_process(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    from steerwell.train.step import _refuse_cut
-    from steerwell.train.terms import functions_of, make_terms
-
-    class Two:
-        ranks = Ranks(0, 2)
-
-    terms = make_terms(functions_of("dpo"), {})
-    _refuse_cut(terms, Two(), 3)  # type: ignore[arg-type]
-    whole = [type(term)(**{**term.__dict__, "decomposable": False}) for term in terms]
-    with pytest.raises(InputError, match="2 processes would see a part each"):
-        _refuse_cut(whole, Two(), 1)  # type: ignore[arg-type]
 
 
 def test_the_number_of_processes_is_recorded(tmp_path: Path) -> None:

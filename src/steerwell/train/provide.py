@@ -169,7 +169,8 @@ class Provider:
         found: dict[bytes, list[float]] = {}
         with self.reference.active() as model:
             for part in self.micro_batches(items):
-                logps = per_token_logps(model, self._build(part.items), temperature=self.temperature).tolist()
+                # in the type that files keep, so that a run that computes them and one that reads them agree
+                logps = self._logps(model, self._build(part.items)).float().tolist()
                 if part.live:
                     for item, own in zip(
                         part.items, _cut(logps, [sum(i.lengths) for i in part.items]), strict=True
