@@ -22,6 +22,7 @@ from steerwell.objectives.table import TENSORS, UNIT_LETTER, Objective, Objectiv
 
 PER_PROMPT = 4
 FAR = 1e4
+APART = 100.0  # nats between two completions that are far apart, still within the exact range of every loss
 RTOL, ATOL = 1e-9, 1e-11
 
 Batch = dict[str, Tensor]
@@ -39,7 +40,8 @@ def check_objective(fn: Callable[..., Any] | str, *, seed: int = 0, **hyper: Any
     Each is run with the optional tensors and without.
 
     shape: one loss per unit, nothing reduced, dtype kept, metrics detached and (units,), inputs unchanged.
-    sign: from the start, making the good completion likelier and the bad one less so lowers the loss.
+    sign: from the start, making the good completion likelier and the bad one less so lowers the loss; if the
+    objective is declared to rise there, it does so once the two are far apart.
     extremes: log-probabilities of -1e4 and 0, scores of +-1e4: losses, gradients and metrics stay finite.
     empty: no completions, or none that counts, gives a sum of 0 that has a gradient, and it is 0.
     permutation: the order of completions and of pairs does not matter.
@@ -229,6 +231,9 @@ def _check_sign(objective: Objective, names: tuple[str, ...], hyper: Mapping[str
     n = len(batch["lengths"])
     if "pair_probs" in batch:  # a soft label may be content with less than the margin of the batch
         batch["pair_probs"] = torch.ones_like(batch["pair_probs"])
+    if objective.rises_at_start:
+        _check_far_apart(objective, names, batch, hyper)
+        return
     slope = torch.zeros(n, dtype=torch.float64)
     for name, gradient in _evaluate(objective, names, batch, hyper).gradients.items():
         if name == "per_token_kl":  # a distance from the reference prefers no completion
@@ -240,6 +245,27 @@ def _check_sign(objective: Objective, names: tuple[str, ...], hyper: Mapping[str
     if "pairs" not in names and {"labels", "advantages", "demonstrations"} & set(names):
         assert (good <= 0).all(), f"the loss rises when a good completion gets likelier: slopes {good}"
         assert (bad >= 0).all(), f"the loss falls when a bad completion gets likelier: slopes {bad}"
+
+
+def _check_far_apart(
+    objective: Objective, names: tuple[str, ...], batch: Batch, hyper: Mapping[str, Any]
+) -> None:
+    n = len(batch["lengths"])
+    shift = torch.where(
+        torch.arange(n) % 2 == 0, APART / 2, -APART / 2
+    ).double()  # good ones are at even places
+    by_token = (shift / batch["lengths"])[batch["owner"]]
+
+    def losses(way: float) -> Tensor:
+        moved = {
+            name: batch[name] + way * (by_token if TENSORS[name].shape == ("S",) else shift)
+            for name in _learnt(objective, names)
+        }
+        return objective(**{name: moved.get(name, batch[name]) for name in names}, **hyper)[0]
+
+    right, start, wrong = losses(1.0), losses(0.0), losses(-1.0)
+    assert (right < start).all(), f"no lower with the better completion far likelier: {right} against {start}"
+    assert (start < wrong).all(), f"no higher with the worse completion far likelier: {wrong} against {start}"
 
 
 def _check_extremes(

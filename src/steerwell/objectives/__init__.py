@@ -5,10 +5,16 @@
 
 from __future__ import annotations
 
+from steerwell.objectives.anchored_pairs import apo_down, apo_zero, bco_pair, cal_dpo, nca_pair
+from steerwell.objectives.divergences import chi_po, f_dpo
+from steerwell.objectives.dpo_variants import discopop, dpo_shift, dpop, exo_pair, hinge, robust_dpo, spin
+from steerwell.objectives.length_aware import ld_dpo, ln_dpo, r_dpo
 from steerwell.objectives.policy_gradient import grpo, ppo_clip, reinforce, rloo
 from steerwell.objectives.preference import dpo, ipo, kto, sft, simpo
 from steerwell.objectives.reduce import denominator, reduce
+from steerwell.objectives.reference_free import alpha_po, cpo, orpo, slic
 from steerwell.objectives.reward import bradley_terry
+from steerwell.objectives.scored_pairs import odpo, rebel, sppo
 from steerwell.objectives.table import (
     TABLE,
     TENSORS,
@@ -28,23 +34,47 @@ __all__ = [
     "TENSORS",
     "Objective",
     "ObjectiveError",
+    "alpha_po",
+    "apo_down",
+    "apo_zero",
+    "bco_pair",
     "bradley_terry",
+    "cal_dpo",
     "check_hyperparameters",
+    "chi_po",
+    "cpo",
     "denominator",
+    "discopop",
     "dpo",
+    "dpo_shift",
+    "dpop",
+    "exo_pair",
     "explain",
+    "f_dpo",
     "get",
     "grpo",
+    "hinge",
     "hyperparameters",
     "ipo",
     "kto",
+    "ld_dpo",
+    "ln_dpo",
+    "nca_pair",
     "needs",
     "objective",
+    "odpo",
     "optional",
+    "orpo",
     "ppo_clip",
+    "r_dpo",
+    "rebel",
     "reduce",
     "reinforce",
     "rloo",
+    "robust_dpo",
     "sft",
     "simpo",
+    "slic",
+    "spin",
+    "sppo",
 ]

@@ -6,12 +6,10 @@ expectation over which side is the preferred one, ``p f(margin) + (1 - p) f(-mar
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from steerwell.objectives.pair_losses import expected, logistic, pair_metrics
 from steerwell.objectives.table import Metrics, in_range, objective, one_of
 
 
@@ -66,7 +64,7 @@ def dpo(
     if label_smoothing > 0:
         p = torch.ones_like(rewards[0]) if probs is None else probs
         probs = p * (1 - label_smoothing) + (1 - p) * label_smoothing
-    return _expected(_logistic, rewards[0] - rewards[1], probs), _pair_metrics(rewards, logps[pairs])
+    return expected(logistic, rewards[0] - rewards[1], probs), pair_metrics(rewards, logps[pairs])
 
 
 @objective(unit="pair", source="arXiv:2310.12036, equation 17")
@@ -104,8 +102,8 @@ def ipo(
     h = logps[pairs] - ref_logps[pairs]
     if reduction == "mean":
         h = h / lengths[pairs].clamp(min=1)
-    losses = _expected(lambda margin: (margin - 1 / (2 * tau)).square(), h[0] - h[1], pair_probs)
-    return losses, _pair_metrics(tau * h, logps[pairs])
+    losses = expected(lambda margin: (margin - 1 / (2 * tau)).square(), h[0] - h[1], pair_probs)
+    return losses, pair_metrics(tau * h, logps[pairs])
 
 
 @objective(unit="pair", source="arXiv:2405.14734, equation 6")
@@ -138,8 +136,8 @@ def simpo(
     in_range("beta", beta, above=0)
     in_range("gamma", gamma, at_least=0)
     rewards = beta * logps[pairs] / lengths[pairs].clamp(min=1)
-    losses = _expected(lambda margin: _logistic(margin - gamma), rewards[0] - rewards[1], pair_probs)
-    return losses, _pair_metrics(rewards, logps[pairs])
+    losses = expected(lambda margin: logistic(margin - gamma), rewards[0] - rewards[1], pair_probs)
+    return losses, pair_metrics(rewards, logps[pairs])
 
 
 @objective(unit="completion", decomposable=False, source="arXiv:2402.01306, section 4.1 (L_KTO)")
@@ -189,31 +187,6 @@ def kto(
         "kl": z.expand(len(logps)),
     }
     return weight * torch.sigmoid(-gain), metrics
-
-
-def _logistic(margin: Tensor) -> Tensor:
-    return -F.logsigmoid(margin)
-
-
-def _expected(loss: Callable[[Tensor], Tensor], margin: Tensor, probs: Tensor | None) -> Tensor:
-    """The loss of a margin, or its expectation when row 0 is the preferred one with probability ``probs``."""
-    if probs is None:
-        return loss(margin)
-    return probs * loss(margin) + (1 - probs) * loss(-margin)
-
-
-def _pair_metrics(rewards: Tensor, logps: Tensor) -> Metrics:
-    """Metrics (M,) from the pairs' rewards and log-probabilities, both (2, M). A tie is half accurate."""
-    rewards, logps = rewards.detach(), logps.detach()
-    margin = rewards[0] - rewards[1]
-    return {
-        "rewards/chosen": rewards[0],
-        "rewards/rejected": rewards[1],
-        "rewards/margins": margin,
-        "rewards/accuracies": (margin.sign() + 1) / 2,
-        "logps/chosen": logps[0],
-        "logps/rejected": logps[1],
-    }
 
 
 __all__ = ["dpo", "ipo", "kto", "sft", "simpo"]

@@ -118,6 +118,7 @@ class Objective(Protocol):
     mask: str | None
     only_if: Mapping[str, str]
     running: Running | None
+    rises_at_start: str
     notes: str
 
     def __call__(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Metrics]: ...
@@ -139,6 +140,7 @@ def objective(
     mask: str | None = None,
     only_if: Mapping[str, str] | None = None,
     running: Running | None = None,
+    rises_at_start: str = "",
     notes: str = "",
 ) -> Callable[[F], F]:
     """Note these facts on a function and enter it in :data:`TABLE` under its name.
@@ -153,6 +155,8 @@ def objective(
     only_if: tensor -> hyperparameter; the tensor is needed only while that hyperparameter is not 0.
     running: makes the optional tensor ``running``, which the loop carries from step to step and into checkpoints.
     Without it, as in a plain call, the objective takes the figures of the batch at hand.
+    rises_at_start: why the loss, by its definition, may rise at the start of a run when the better completion
+    gets likelier, although it falls far from there; empty for all losses that go down from the first step.
     Raises ObjectiveError if the signature breaks the rules of the module docstring.
     """
 
@@ -172,6 +176,7 @@ def objective(
         noted.decomposable, noted.surrogate, noted.advantages = decomposable, surrogate, advantages
         noted.mask, noted.only_if, noted.notes = mask, dict(only_if or {}), notes
         noted.running = running
+        noted.rises_at_start = rises_at_start
         TABLE[name] = cast(Objective, fn)
         return fn
 
@@ -302,8 +307,9 @@ def explain(name: str | Callable[..., Any]) -> str:
     for heading in ("Differs", "Failure modes"):
         if parts.get(heading):
             lines += ["", heading, *_indent(parts[heading])]
-    if fn.notes:
-        lines += ["", "Notes", *_wrap(fn.notes)]
+    if fn.notes or fn.rises_at_start:
+        rises = f"The loss may rise at the start: {fn.rises_at_start}." if fn.rises_at_start else ""
+        lines += ["", "Notes", *_wrap(f"{rises} {fn.notes}".strip())]
     return "\n".join(lines) + "\n"
 
 
