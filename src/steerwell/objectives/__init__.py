@@ -6,11 +6,13 @@
 from __future__ import annotations
 
 from steerwell.objectives.anchored_pairs import apo_down, apo_zero, bco_pair, cal_dpo, nca_pair
+from steerwell.objectives.batchwise import alpha_dpo, aot, aot_unpaired, bco, beta_dpo
 from steerwell.objectives.divergences import chi_po, f_dpo
 from steerwell.objectives.dpo_variants import discopop, dpo_shift, dpop, exo_pair, hinge, robust_dpo, spin
 from steerwell.objectives.length_aware import ld_dpo, ln_dpo, r_dpo
 from steerwell.objectives.policy_gradient import grpo, ppo_clip, reinforce, rloo
 from steerwell.objectives.preference import dpo, ipo, kto, sft, simpo
+from steerwell.objectives.ranked import info_nca, nca, plackett_luce
 from steerwell.objectives.reduce import denominator, reduce
 from steerwell.objectives.reference_free import alpha_po, cpo, orpo, slic
 from steerwell.objectives.reward import bradley_terry
@@ -34,10 +36,15 @@ __all__ = [
     "TENSORS",
     "Objective",
     "ObjectiveError",
+    "alpha_dpo",
     "alpha_po",
+    "aot",
+    "aot_unpaired",
     "apo_down",
     "apo_zero",
+    "bco",
     "bco_pair",
+    "beta_dpo",
     "bradley_terry",
     "cal_dpo",
     "check_hyperparameters",
@@ -55,16 +62,19 @@ __all__ = [
     "grpo",
     "hinge",
     "hyperparameters",
+    "info_nca",
     "ipo",
     "kto",
     "ld_dpo",
     "ln_dpo",
+    "nca",
     "nca_pair",
     "needs",
     "objective",
     "odpo",
     "optional",
     "orpo",
+    "plackett_luce",
     "ppo_clip",
     "r_dpo",
     "rebel",
