@@ -19,7 +19,7 @@ from steerwell.models.load import Policy, load_policy
 from steerwell.models.reward_model import RewardModel, load_reward_model
 from steerwell.objectives.table import TABLE, objective
 from steerwell.train import Recipe, TrainConfig, TrainingError, run_recipe, train
-from steerwell.train.fit import rate
+from steerwell.train.schedule import rate
 from tiny import tiny_policy_dir
 
 SETTINGS: dict[str, Any] = {

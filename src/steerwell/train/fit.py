@@ -34,6 +34,7 @@ from steerwell.train.checkpoint import (
 )
 from steerwell.train.config import TrainConfig
 from steerwell.train.coupled import Carried
+from steerwell.train.displacement import Displacement, conclusion
 from steerwell.train.items import Item, Progress, prepare, set_advantages
 from steerwell.train.metrics import MetricsFile, Totals, read_metrics
 from steerwell.train.precision import MasterWeights
@@ -41,6 +42,7 @@ from steerwell.train.preflight import StartChecks, check_packing
 from steerwell.train.provide import Provider
 from steerwell.train.ranks import Ranks
 from steerwell.train.rundir import RunDir, TrainingError
+from steerwell.train.schedule import rate
 from steerwell.train.sinks import open_sinks
 from steerwell.train.sources import Source, derived_seed, rollout_figures, shuffled
 from steerwell.train.step import kl_figures, run_items, suspects
@@ -71,6 +73,7 @@ class Run:
     masters: MasterWeights | None = None
     release: Callable[[], None] = lambda: None  # gives the model its plain layers back
     tokens: int = 0
+    displacement: Displacement | None = None
     carried: Carried = field(default_factory=dict)  # what objectives carry from step to step
     bones: Any = None  # of a model that is spread over processes: where its weights are gathered to
     rollout: tuple[int, list[Item], dict[str, float]] = field(default_factory=lambda: (-1, [], {}))
@@ -172,6 +175,9 @@ def _finish(run: Run, last: int, metrics: MetricsFile, timing: Timing) -> None:
     with _writing("the model"):
         metrics.sync()
         _save_model(run)
+        about["displacement"] = found = conclusion(read_metrics(run.folder.metrics), last)
+        if found.get("warning") and run.progress is not None:
+            run.progress("train", run.steps, run.steps, found["warning"])
         run.folder.write(status="done", **about)
 
 
@@ -264,6 +270,8 @@ def _step(run: Run, step: int) -> dict[str, float]:
 
     def observe(tensors: Mapping[str, Tensor]) -> None:
         checks.look(tensors, totals)
+        if run.displacement is not None:
+            run.displacement.observe(tensors, totals)
         if run.source is not None:
             kl_figures(tensors, totals)
 
@@ -344,6 +352,8 @@ def _look(
     evaluate = always or (every is not None and step % every == 0)
     watch = always or step % run.config.watch_every == 0
     line = _measured(run, step, figures, evaluate, watch)
+    if run.displacement is not None and step:
+        line |= run.displacement.look(step)
     stops = False
     if run.best is not None:
         if run.best.look(step, line):
@@ -380,18 +390,6 @@ def _measured(
 def _note(line: Mapping[str, float]) -> str:
     names = ("loss", "rewards/accuracies", "accuracy", "reward", "eval/loss")
     return "  ".join(f"{name} {line[name]:.4g}" for name in names if name in line)
-
-
-def rate(step: int, steps: int, config: TrainConfig) -> float:
-    """The share of the peak learning rate at step ``step`` (from 0): warm-up, then the schedule."""
-    rising = math.ceil(config.warmup * steps)
-    if step < rising:
-        return (step + 1) / rising
-    done = (step - rising) / max(1, steps - rising)
-    if config.schedule == "constant":
-        return 1.0
-    falling = 1 - done if config.schedule == "linear" else (1 + math.cos(math.pi * done)) / 2
-    return config.final_lr + (1 - config.final_lr) * falling
 
 
 def _set_rate(run: Run, step: int) -> None:
@@ -439,4 +437,4 @@ def _interruptible() -> Iterator[Callable[[], bool]]:
         signal.signal(signal.SIGINT, before)
 
 
-__all__ = ["Run", "Watch", "fit", "rate"]
+__all__ = ["Run", "Watch", "fit"]

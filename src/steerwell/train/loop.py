@@ -33,6 +33,7 @@ from steerwell.train.config import (
     parse,
     split_settings,
 )
+from steerwell.train.displacement import Displacement
 from steerwell.train.fit import Run, Watch, fit
 from steerwell.train.item_file import Chosen, ItemFile, sizes
 from steerwell.train.items import Item, Prepared, Progress, items_digest, prepare
@@ -297,6 +298,9 @@ def _run(
     if order.source is None and names & REFERENCE_NAMES:
         reached = epoch_order(len(data.items), 0, config.seed)[:stream]  # all, unless the run is short
         _fill_reference(provider, Chosen(data.items, reached, held_out.items), config, folder, order.progress)
+    displacement = None
+    if order.source is None:
+        displacement = Displacement.of(provider, order.terms, data.items, steps, config.batch_size)
     return Run(
         trained=trained,
         terms=order.terms,
@@ -314,6 +318,7 @@ def _run(
         best=Best.of(config, folder.checkpoints / "best"),
         masters=masters,
         release=release,
+        displacement=displacement,
     )
 
 

@@ -97,6 +97,11 @@ class Provider:
             out["ref_logps"] = sum_by_owner(ref, batch.owner, batch.n)
         return out
 
+    def logps(self, items: Sequence[Item]) -> tuple[Tensor, Tensor]:
+        """Log-probs of the scored tokens under the model in training, and whose they are, (S,) each."""
+        batch = self._build(items)
+        return self._logps(self.model, batch), batch.owner
+
     def _logps(self, model: Any, batch: Any) -> Tensor:
         return per_token_logps(model, batch, temperature=self.temperature)
 

@@ -88,6 +88,7 @@ def run_recipe(
     record = json.loads((out / "run.json").read_text("utf-8"))
     notes += (record.get("data") or {}).get("notes", [])
     notes += [f"held out: {note}" for note in (record.get("eval_data") or {}).get("notes", [])]
+    notes += [warning] if (warning := (record.get("displacement") or {}).get("warning")) else []
     last = read_metrics(out / "metrics.jsonl")[-1:]
     return Trained(model, out, record, last[0] if last else {}, notes)
 
