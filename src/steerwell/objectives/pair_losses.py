@@ -15,7 +15,7 @@ from torch import Tensor
 
 from steerwell.objectives.table import Metrics
 
-#: Beyond this exponent :func:`exp_then_line` is straight. exp(40) and its square are far from overflow in float32.
+#: Beyond this exponent :func:`expm1_then_line` is straight. exp(40) and its square are far from overflow in float32.
 LIMIT = 40.0
 
 
@@ -41,13 +41,8 @@ def expected_either(loss: Callable[[Tensor, Tensor], Tensor], sides: Tensor, pro
     return probs * loss(sides[0], sides[1]) + (1 - probs) * loss(sides[1], sides[0])
 
 
-def exp_then_line(x: Tensor) -> Tensor:
-    """exp(x), beyond :data:`LIMIT` its tangent there: finite, increasing, with a gradient everywhere."""
-    return torch.exp(x.clamp(max=LIMIT)) * (1 + (x - LIMIT).clamp(min=0))
-
-
 def expm1_then_line(x: Tensor) -> Tensor:
-    """exp(x) - 1, exact for small x; beyond :data:`LIMIT` the tangent there."""
+    """exp(x) - 1, exact for small x; beyond :data:`LIMIT` its tangent there: finite, increasing, never flat."""
     inner = x.clamp(max=LIMIT)
     return torch.expm1(inner) + torch.exp(inner) * (x - LIMIT).clamp(min=0)
 
@@ -68,7 +63,6 @@ def pair_metrics(rewards: Tensor, logps: Tensor) -> Metrics:
 
 __all__ = [
     "LIMIT",
-    "exp_then_line",
     "expected",
     "expected_either",
     "expm1_then_line",

@@ -58,7 +58,7 @@ def odpo(
     return losses, metrics
 
 
-@objective(unit="pair", source="arXiv:2404.16767, equation 1 (REBEL)")
+@objective(unit="pair", source="arXiv:2404.16767, the REBEL regression")
 def rebel(
     logps: Tensor, ref_logps: Tensor, scores: Tensor, pairs: Tensor, *, eta: float = 1.0
 ) -> tuple[Tensor, Metrics]:
