@@ -44,7 +44,7 @@ def sound(logps, ref_logps, pairs):
     return F.softplus(-margins(logps, ref_logps, pairs)), {}
 
 
-def hinge(logps, ref_logps, pairs):
+def hinge_link(logps, ref_logps, pairs):
     return F.relu(1 - margins(logps, ref_logps, pairs)), {}
 
 
@@ -62,7 +62,7 @@ def listwise(logps, ref_logps, group, ranks):
 
 def test_sound_objectives_pass() -> None:
     assert failed(sound) == set()
-    assert failed(hinge) == set()
+    assert failed(hinge_link) == set()
     assert failed(odds_ratio) == set()
     assert failed(listwise, unit="completion") == set()
 

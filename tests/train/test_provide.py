@@ -176,7 +176,7 @@ def test_reward_scores_are_provided_and_nothing_else_is_computed() -> None:
     policy = tiny_policy()
     model = RewardModel.from_policy(policy)
     items = items_for("bradley_terry", pair_groups(3), policy)
-    source = provider(model, {"scores", "pairs", "pair_probs"})  # type: ignore[arg-type]
+    source = provider(model, {"scores", "pairs", "pair_probs"}, scoring=True)  # type: ignore[arg-type]
     out = source.tensors(items, source.targets(items))
     want = [score for scores in model.score([item.tokens.group for item in items]) for score in scores]
     assert out["scores"].tolist() == pytest.approx(want, abs=1e-6)

@@ -150,8 +150,9 @@ class Pair(NamedTuple):
 class CompletionGroup:
     """One prompt, K completions, the evidence about them, and the targets that were resolved from it.
 
-    ``annotations`` may name completions of other groups too. ``pairs`` are edges, ``scores``, ``labels`` and
-    ``ranks`` have one entry per completion (None where there is no verdict) or are None altogether.
+    ``annotations`` may name completions of other groups too. ``pairs`` are edges; ``scores``, ``labels`` and
+    ``ranks`` (0 is best) have one entry per completion (None where there is no verdict) or are None altogether,
+    and so have ``token_weights``: one weight per scored token of the completion.
     """
 
     prompt: Messages
@@ -161,6 +162,7 @@ class CompletionGroup:
     scores: tuple[float | None, ...] | None = None
     labels: tuple[bool | None, ...] | None = None
     ranks: tuple[int | None, ...] | None = None
+    token_weights: tuple[tuple[float, ...] | None, ...] | None = field(default=None, repr=False)
     meta: Mapping[str, Any] = field(default_factory=dict, compare=False)
 
     @cached_property

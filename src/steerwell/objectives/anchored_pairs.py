@@ -17,7 +17,7 @@ from steerwell.objectives.table import Metrics, in_range, objective
 def apo_zero(
     logps: Tensor, ref_logps: Tensor, pairs: Tensor, pair_probs: Tensor | None = None, *, beta: float = 0.1
 ) -> tuple[Tensor, Metrics]:
-    """Anchored preference optimisation, zero: the chosen completion up, the rejected one down, each by itself.
+    """Anchored preference optimisation, zero: the chosen side up, the rejected one down, each by itself.
 
     Formula:
         loss = 1 - s(r_w) + s(r_l)
@@ -78,7 +78,7 @@ def apo_down(
 def nca_pair(
     logps: Tensor, ref_logps: Tensor, pairs: Tensor, pair_probs: Tensor | None = None, *, beta: float = 0.01
 ) -> tuple[Tensor, Metrics]:
-    """Noise contrastive alignment on pairs: the chosen completion against noise, both sides held to the start.
+    """Noise contrastive alignment on pairs: chosen against noise, both sides held to the start.
 
     Formula:
         loss = -log s(r_w) - (log s(-r_w) + log s(-r_l)) / 2
@@ -113,7 +113,7 @@ def bco_pair(
     beta: float = 0.1,
     delta: float = 0.0,
 ) -> tuple[Tensor, Metrics]:
-    """Binary classifier optimisation on pairs: chosen or rejected told from each reward alone, the shift given.
+    """Binary classifier optimisation on pairs: each side told from its reward alone, the shift given.
 
     Formula:
         loss = -log s(r_w - delta) - log s(-(r_l - delta))

@@ -183,7 +183,7 @@ def discopop(
     beta: float = 0.05,
     tau: float = 0.05,
 ) -> tuple[Tensor, Metrics]:
-    """DiscoPOP: a link found by search, logistic for pairs that are wrong, exponential for those that are right.
+    """DiscoPOP: a link found by search, logistic for wrong pairs, exponential for right ones.
 
     Formula:
         x = beta h;  m = s(x / tau)

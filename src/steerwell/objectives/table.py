@@ -276,7 +276,7 @@ def one_of(name: str, value: Any, choices: Iterable[str]) -> None:
 
 
 def explain(name: str | Callable[..., Any]) -> str:
-    """A page of plain text: formula, source, what it needs, hyperparameters, how it can fail."""
+    """A page of plain text: formula, source, what it needs, hyperparameters, how it can fail, when to use it."""
     fn = get(name)
     parts = docstring_parts(fn)
     meaning = dict(_entries(parts.get("Hyperparameters", "")))
@@ -304,7 +304,7 @@ def explain(name: str | Callable[..., Any]) -> str:
     )
     if fn.advantages:
         lines.append(f"  advantages: {fn.advantages}")
-    for heading in ("Differs", "Failure modes"):
+    for heading in ("Differs", "Failure modes", "Use when"):
         if parts.get(heading):
             lines += ["", heading, *_indent(parts[heading])]
     if fn.notes or fn.rises_at_start:

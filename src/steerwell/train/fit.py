@@ -33,6 +33,7 @@ from steerwell.train.checkpoint import (
     verified,
 )
 from steerwell.train.config import TrainConfig
+from steerwell.train.coupled import Carried
 from steerwell.train.items import Item, Progress, prepare, set_advantages
 from steerwell.train.metrics import MetricsFile, Totals, read_metrics
 from steerwell.train.precision import MasterWeights
@@ -70,6 +71,7 @@ class Run:
     masters: MasterWeights | None = None
     release: Callable[[], None] = lambda: None  # gives the model its plain layers back
     tokens: int = 0
+    carried: Carried = field(default_factory=dict)  # what objectives carry from step to step
     bones: Any = None  # of a model that is spread over processes: where its weights are gathered to
     rollout: tuple[int, list[Item], dict[str, float]] = field(default_factory=lambda: (-1, [], {}))
 
@@ -189,7 +191,7 @@ def _restore(run: Run) -> tuple[int, MetricsFile]:
     path, state, torn = found
     _load(run, path)
     restore_optimizer(run.optimizer, run.names, _tensors(run, path, "optimizer"))
-    run.tokens = state["tokens"]
+    run.tokens, run.carried = state["tokens"], state.get("carried", {})
     if best is not None:
         best.restore(state["best"])
     if run.progress is not None:
@@ -224,6 +226,8 @@ def _save(run: Run, step: int, metrics: MetricsFile) -> None:
     keep = run.config.keep_checkpoints
     with _writing(f"the checkpoint of step {step}", "earlier ones"):
         state: dict[str, Any] = {"tokens": run.tokens, "metrics_bytes": run.ranks.first(metrics.sync)}
+        if run.carried:
+            state["carried"] = run.carried
         if run.best is not None:
             state["best"] = run.best.state()
         save_checkpoint(run.folder.checkpoints, step, tensors, state, keep, run.ranks)
@@ -264,7 +268,9 @@ def _step(run: Run, step: int) -> dict[str, float]:
             kl_figures(tensors, totals)
 
     with _dropout(run, step):
-        outcome = run_items(items, run.terms, run.provider, backward=True, observe=observe)
+        outcome = run_items(
+            items, run.terms, run.provider, backward=True, observe=observe, carried=run.carried
+        )
     found = run.ranks.together(lambda: checks.conclude(outcome.parts))
     if step == 0:
         run.folder.write(preflight={**run.folder.record.get("preflight", {}), "first_step": found})
@@ -285,6 +291,7 @@ def _step(run: Run, step: int) -> dict[str, float]:
     if run.masters is not None:
         run.masters.pull()
     run.tokens += sum(item.size for item in items)
+    run.carried = outcome.carried
     return {
         "loss": loss,
         **outcome.totals.means(),
@@ -361,7 +368,7 @@ def _measured(
     line = dict(figures)
     if evaluate and run.eval_items:
         _advantages(run.eval_items, run.terms)
-        outcome = run_items(run.eval_items, run.terms, run.provider, backward=False)
+        outcome = run_items(run.eval_items, run.terms, run.provider, backward=False, carried=run.carried)
         line["eval/loss"] = outcome.loss.item()
         line |= {f"eval/{name}": value for name, value in outcome.totals.means().items()}
     if watch and run.watch is not None:

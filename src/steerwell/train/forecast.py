@@ -20,7 +20,7 @@ from steerwell.train.items import Item
 from steerwell.train.job import Job
 from steerwell.train.machines import Machine
 from steerwell.train.memory import Holding, Peak, cache_bytes, peak
-from steerwell.train.provide import REFERENCE_NAMES
+from steerwell.train.reference import LIVE_NAMES, REFERENCE_NAMES
 from steerwell.train.skeleton import Skeleton, skeleton
 from steerwell.train.terms import needed
 from steerwell.train.trace import Product, Trace, trace
@@ -85,7 +85,7 @@ class Forecast:
     @property
     def needs_reference(self) -> bool:
         names = needed(self.job.terms)
-        return bool(names & REFERENCE_NAMES) or "kl" in names or self.job.source is not None
+        return bool(names & (REFERENCE_NAMES | LIVE_NAMES)) or self.job.source is not None
 
     @property
     def references(self) -> int:
@@ -98,7 +98,7 @@ class Forecast:
         if job.recipe.reference != "start":
             return beside + skeleton(job.recipe.reference, dtype=job.dtype).weights
         adapted = (self.lora or job.recipe.lora) is not None
-        if adapted or (job.source is None and "kl" not in needed(job.terms)):
+        if adapted or (job.source is None and not LIVE_NAMES & needed(job.terms)):
             return beside
         return beside + skel.weights
 
@@ -336,6 +336,9 @@ def _work(forecast: Forecast) -> _Work:
     elif needed(job.terms) & REFERENCE_NAMES:
         share = min(1.0, census.passes) if job.config.steps else 1.0
         reference = _sums(forecast, forecast.reading, share / devices)
+    if "per_token_kl" in needed(job.terms):  # the reference reads every step
+        a, b, c, d = (x + y for x, y in zip(reference, training, strict=True))
+        reference = a, b, c, d
     if kl:  # the policy and the reference read every completion once more, under another prompt
         a, b, c, d = (x + 2 * y for x, y in zip(reference, training, strict=True))
         reference = a, b, c, d

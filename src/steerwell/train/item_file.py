@@ -10,6 +10,7 @@ The file is read by ``pread``, not mapped: pages of a mapped file would count as
 
 from __future__ import annotations
 
+import json
 import os
 import tempfile
 import weakref
@@ -31,8 +32,8 @@ WRITE_AT_ONCE = 1 << 20
 NOT_YET = -1
 FINISHED = (False, True, None)
 # size, then how many there are of: sequences, lengths, pairs, pair_probs, labels, rewards, demonstrations, old
-# log-probs, advantages, finished, bytes of the prompt's id, numbers of 4 bytes
-_HEAD = Struct("=13i")
+# log-probs, advantages, finished, bytes of the prompt's id, of the names of further targets, numbers of 4 bytes
+_HEAD = Struct("=14i")
 _REFERENCE = Struct("=2i")  # sums by completion, values by token
 
 
@@ -199,6 +200,9 @@ def _packed(item: Item) -> bytes:
         words += ids[n:] if shared else ids
         prompt = ids[:n] if prompt is None else prompt
     prompt_id = item.prompt_id.encode()
+    names = (
+        json.dumps({name: len(values) for name, values in item.extra.items()}).encode() if item.extra else b""
+    )
     ints = array("i", numbers)
     ints.extend(words)
     head = _HEAD.pack(
@@ -214,10 +218,13 @@ def _packed(item: Item) -> bytes:
         len(item.advantages),
         len(item.finished),
         len(prompt_id),
+        len(names),
         len(ints),
     )
     floats = array("d", [*item.pair_probs, *item.rewards, *item.old_per_token_logps, *item.advantages])
-    return b"".join((head, prompt_id, ints.tobytes(), floats.tobytes()))
+    for values in item.extra.values():
+        floats.extend(values)
+    return b"".join((head, prompt_id, names, ints.tobytes(), floats.tobytes()))
 
 
 def _unpacked(record: bytes) -> Item:
@@ -235,10 +242,13 @@ def _unpacked(record: bytes) -> Item:
         advantages,
         finished,
         id_bytes,
+        name_bytes,
         ints,
     ) = _HEAD.unpack_from(record)
     at = _HEAD.size + id_bytes
     prompt_id = record[_HEAD.size : at].decode()
+    names = json.loads(record[at : at + name_bytes]) if name_bytes else {}
+    at += name_bytes
     numbers = array("i", record[at : at + 4 * ints]).tolist()
     floats = iter(array("d", record[at + 4 * ints :]))
     rest = iter(numbers)
@@ -255,6 +265,7 @@ def _unpacked(record: bytes) -> Item:
         rewards=list(islice(floats, rewards)),
         old_per_token_logps=list(islice(floats, old)),
         advantages=list(islice(floats, advantages)),
+        extra={name: list(islice(floats, n)) for name, n in names.items()},
     )
     shapes: list[tuple[int, int, int, tuple[tuple[int, int], ...]]] = []
     for _ in range(sequences):

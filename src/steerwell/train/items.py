@@ -31,6 +31,7 @@ from steerwell.models.render import (
     truncate,
 )
 from steerwell.objectives import advantages as advantage_table
+from steerwell.train import targets
 from steerwell.train.terms import Term, demonstrations, needed, prune
 
 TOKENIZE_AT_ONCE = 256
@@ -58,6 +59,7 @@ class Item:
     ref_logps: list[float] = field(default_factory=list)
     ref_per_token_logps: list[float] = field(default_factory=list)
     finished: list[bool | None] = field(default_factory=list)
+    extra: dict[str, list[float]] = field(default_factory=dict)  # further targets by the name of their tensor
 
 
 @dataclass(frozen=True)
@@ -202,6 +204,8 @@ class _Account:
 
 def _item(group: CompletionGroup, tokens: TokenizedGroup, terms: Seq[Term], layout: Layout) -> Item:
     names = needed(terms)
+    if any(term.kind == "reward" for term in terms):
+        names -= {"scores"}  # the model's own
     lengths = [scored_tokens(sequence) for sequence in tokens.sequences]
     prompt_id = group.prompt_id
     if "pairs" in names:
@@ -231,6 +235,7 @@ def _item(group: CompletionGroup, tokens: TokenizedGroup, terms: Seq[Term], layo
         demonstrations=demonstrations(group) if "demonstrations" in names else [],
         old_per_token_logps=old,
         finished=[completion.finished for completion in group.completions],
+        extra=targets.made(names, group, tokens),
     )
 
 
@@ -269,6 +274,8 @@ def gather(items: Seq[Item], names: set[str], device: torch.device) -> dict[str,
         out[name] = torch.tensor(flags, dtype=torch.bool, device=device)
     for name in names & {"pair_probs", "rewards", "advantages"}:
         out[name] = _floats((value for item in items for value in getattr(item, name)), device)
+    for name in {name for name in names for item in items if name in item.extra}:
+        out[name] = targets.tensor(name, (x for item in items for x in item.extra[name]), device)
     for name in names & {"ref_logps", "ref_per_token_logps", "old_per_token_logps"}:
         if items and all(getattr(item, name) for item in items):
             out[name] = _floats((value for item in items for value in getattr(item, name)), device)
@@ -285,6 +292,8 @@ def items_digest(items: Iterable[Item]) -> str:
         whole = [*(i for pair in item.pairs for i in pair), *item.labels, *item.demonstrations]
         state.update(array("q", whole).tobytes())
         state.update(array("d", [*item.pair_probs, *item.rewards, *item.old_per_token_logps]).tobytes())
+        for name, values in sorted(item.extra.items()):
+            state.update(name.encode() + array("d", values).tobytes())
     return digest(state.hexdigest())
 
 

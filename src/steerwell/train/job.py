@@ -14,8 +14,8 @@ from steerwell.train.census import tokenised
 from steerwell.train.config import Recipe, TrainConfig
 from steerwell.train.items import Prepared
 from steerwell.train.loop import checked
-from steerwell.train.provide import REFERENCE_NAMES
 from steerwell.train.recipe import _recorded, _rollouts
+from steerwell.train.reference import LIVE_NAMES, REFERENCE_NAMES
 from steerwell.train.skeleton import config_of, tokenizer_of
 from steerwell.train.sources import Rollouts
 from steerwell.train.terms import Term, check_data, needed
@@ -90,7 +90,7 @@ def read(recipe: Recipe, kind: str, count: int) -> Job:
         check_data(terms, groups)
         if held_out:
             check_data(terms, held_out, "the evaluation data")
-    if recipe.reference == "none" and needed(terms) & (REFERENCE_NAMES | {"kl"}):
+    if recipe.reference == "none" and needed(terms) & (REFERENCE_NAMES | LIVE_NAMES):
         raise InputError(
             f"{terms[0].name} needs a reference, and reference is none", mend='Say reference = "start".'
         )

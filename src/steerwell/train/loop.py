@@ -44,7 +44,7 @@ from steerwell.train.precision import (
 from steerwell.train.preflight import check_ends, stop_tokens
 from steerwell.train.provide import Provider, check_mismatch
 from steerwell.train.ranks import Ranks, join
-from steerwell.train.reference import REFERENCE_NAMES, Kept, Reference, cache_path
+from steerwell.train.reference import LIVE_NAMES, REFERENCE_NAMES, Kept, Reference, cache_path
 from steerwell.train.rundir import RunDir
 from steerwell.train.sinks import check_sinks
 from steerwell.train.sources import Rollouts, Source, epoch_order, passes, steps_in
@@ -163,7 +163,7 @@ def _check(policy: Any, order: _Order, evaluated: bool) -> None:
         check_data(terms, order.eval_groups, "the evaluation data")
     if order.reference in (None, "none"):
         for term in terms:
-            if {*REFERENCE_NAMES, "kl"} & set(term.tensors):
+            if (REFERENCE_NAMES | LIVE_NAMES) & set(term.tensors):
                 raise InputError(
                     f"{term.name} needs a reference, and reference is none", mend='Say reference = "start".'
                 )
@@ -181,7 +181,7 @@ def _check(policy: Any, order: _Order, evaluated: bool) -> None:
 
 def _wants_reference(order: _Order) -> bool:
     """Whether a reference would be used: by the objective, or for the KL figures of rollouts."""
-    return order.source is not None or bool(needed(order.terms) & (REFERENCE_NAMES | {"kl"}))
+    return order.source is not None or bool(needed(order.terms) & (REFERENCE_NAMES | LIVE_NAMES))
 
 
 def _refuse_unused(
@@ -243,7 +243,7 @@ def _train(policy: Any, order: _Order, folder: RunDir, ranks: Ranks) -> Model:
             order.progress("train", 1, 1, f"{folder.path} holds this run, finished; nothing was trained")
         return load_model(folder.model, reward)
     trained, dtype = to_train(given, reward, owned, config), getattr(torch, config.dtype)
-    once = order.source is None and "kl" not in needed(order.terms)
+    once = order.source is None and not LIVE_NAMES & needed(order.terms)
     lent = not owned and ranks.alone
     live = live_reference(reference, given, trained, first_only=once, lent=lent, dtype=dtype)
     bones = None if ranks.alone else spread(trained, live, ranks, dtype)
@@ -292,6 +292,7 @@ def _run(
         device=trained.device,
         ranks=ranks,
         precision=config.dtype,
+        scoring=isinstance(trained, RewardModel),
     )
     if order.source is None and names & REFERENCE_NAMES:
         reached = epoch_order(len(data.items), 0, config.seed)[:stream]  # all, unless the run is short

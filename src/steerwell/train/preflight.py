@@ -84,7 +84,7 @@ def check_packing(provider: Provider, items: Seq[Item]) -> dict[str, Any]:
     is not finite is left to the check of the loss, which names the prompts.
     """
     groups = [_first(item.tokens) for item in _few(items)]
-    scores = "scores" in provider.names
+    scores = provider.scoring
     packed: dict[int, Tensor] = {}
     layout = provider.layout_of_models()
     for members in pack(groups, provider.max_tokens, layout):
@@ -143,7 +143,7 @@ def _first(tokens: TokenizedGroup) -> TokenizedGroup:
 def _each(provider: Provider, groups: Seq[TokenizedGroup], layout: Any) -> Tensor:
     """One number per completion: its score, or its summed log-prob."""
     batch = build(groups, layout).to(provider.device)
-    if "scores" in provider.names:
+    if provider.scoring:
         return reward_scores(provider.model, batch, provider.pooling)
     logps = per_token_logps(provider.model, batch, temperature=provider.temperature)
     return sum_by_owner(logps.double(), batch.owner, batch.n)

@@ -16,14 +16,18 @@ from torch import Tensor
 
 from steerwell.data.errors import InputError
 from steerwell.models.batch import Layout, build, layout_for, pack
-from steerwell.models.forward import Pooling, per_token_logps, reward_scores, sum_by_owner
+from steerwell.models.distribution import collision, divergence, predicting
+from steerwell.models.forward import Pooling, per_token_logps, reward_scores, sum_by_owner, token_logps
 from steerwell.models.render import Sequence as TokenSequence
 from steerwell.models.render import TokenizedGroup
+from steerwell.models.sharding import inside
 from steerwell.train.item_file import keep_reference
 from steerwell.train.items import Item, gather, scored_tokens
 from steerwell.train.ranks import ALONE, Ranks
 from steerwell.train.reference import REFERENCE_NAMES, Kept, Reference, group_key, reference_key
 
+#: Tensors that are read off the policy's whole distribution at a position.
+DISTRIBUTION_NAMES = frozenset({"per_token_kl", "per_token_collision"})
 #: Items whose reference log-probs are in memory at once.
 REFERENCE_AT_ONCE = 1024
 
@@ -53,6 +57,7 @@ class Provider:
     limit: int | None = None  # most tokens of prompt and completion together
     ranks: Ranks = ALONE
     precision: str = ""  # what log-probs are computed in; part of what they are filed under
+    scoring: bool = False  # whether the model in training is a reward model
 
     def micro_batches(self, items: Sequence[Item]) -> list[MicroBatch]:
         """This process's share of the items, cut under the token budget: whole groups, an over-long one alone.
@@ -75,20 +80,43 @@ class Provider:
         """The targets and everything that takes a forward pass, for one micro-batch."""
         batch = self._build(items)
         out = dict(targets)
-        if "scores" in self.names:
+        if self.scoring:
             out["scores"] = reward_scores(self.model, batch, self.pooling)
             return out
-        logps = per_token_logps(self.model, batch, temperature=self.temperature)
+        logps = (
+            self._policy(batch, out) if self.names & DISTRIBUTION_NAMES else self._logps(self.model, batch)
+        )
         out["per_token_logps"], out["owner"] = logps, batch.owner
         out["logps"] = sum_by_owner(logps, batch.owner, batch.n)
         if "old_logps" in self.names:
             out["old_logps"] = sum_by_owner(targets["old_per_token_logps"], batch.owner, batch.n)
         if self.names & REFERENCE_NAMES and not REFERENCE_NAMES & targets.keys():
             with self.reference.active() as model:
-                ref = per_token_logps(model, batch, temperature=self.temperature)
+                ref = self._logps(model, batch)
             out["ref_per_token_logps"] = ref
             out["ref_logps"] = sum_by_owner(ref, batch.owner, batch.n)
         return out
+
+    def _logps(self, model: Any, batch: Any) -> Tensor:
+        return per_token_logps(model, batch, temperature=self.temperature)
+
+    def _policy(self, batch: Any, out: dict[str, Tensor]) -> Tensor:
+        """Log-probs of the policy; what is asked of its whole distribution goes into ``out``."""
+        heat = self.temperature
+
+        def run() -> Tensor:
+            hidden, on = predicting(self.model, batch)
+            if "per_token_collision" in self.names:
+                out["per_token_collision"] = collision(hidden, on, temperature=heat)
+            if "per_token_kl" in self.names:
+                with self.reference.active() as model:
+                    ref = predicting(model, batch)
+                out["per_token_kl"] = inside(
+                    self.reference.model, lambda: divergence(hidden, on, *ref, temperature=heat)
+                )
+            return token_logps(hidden, on, batch.target, temperature=heat)
+
+        return inside(self.model, run)
 
     def fill_reference(
         self, items: Sequence[Item], files: Sequence[Kept] = (), progress: Any = None

@@ -26,6 +26,8 @@ from steerwell.models.load import weights_digest
 from steerwell.models.render import TokenizedGroup
 
 REFERENCE_NAMES = frozenset({"ref_logps", "ref_per_token_logps"})
+#: Tensors that the reference itself is read for in every step; what it once said is not enough.
+LIVE_NAMES = frozenset({"kl", "per_token_kl"})
 #: What the shared file may grow to; then the references that were not used for longest are dropped.
 LIMIT = 4 * 2**30
 _AT_ONCE = 500

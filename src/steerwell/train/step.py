@@ -8,26 +8,45 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from steerwell.data.errors import InputError
 from steerwell.objectives.policy_gradient import k3
 from steerwell.objectives.reduce import denominator, reduce
+from steerwell.train.coupled import (
+    Carried,
+    Whole,
+    coupled,
+    learn,
+    loss_owner,
+    moved,
+    outcome,
+    put_together,
+)
 from steerwell.train.items import Item, gather
 from steerwell.train.metrics import Totals
-from steerwell.train.provide import Provider
+from steerwell.train.provide import MicroBatch, Provider
+from steerwell.train.reference import REFERENCE_NAMES
 from steerwell.train.terms import Term
+
+NOTHING: Mapping[str, Any] = MappingProxyType({})
+#: Targets that denominators count, beside the pairs.
+COUNTED = ("step_labels",)
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """The loss of a step (scalar, detached), that of each term by name, and the figures by example."""
+    """The loss of a step (scalar, detached), that of each term by name, the figures by example, and what the terms
+    carry from here on.
+    """
 
     loss: Tensor
     parts: dict[str, Tensor]
     totals: Totals
+    carried: Carried
 
 
 def run_items(
@@ -37,61 +56,140 @@ def run_items(
     *,
     backward: bool,
     observe: Callable[[Mapping[str, Tensor]], None] | None = None,
+    carried: Mapping[str, list[float]] = NOTHING,
 ) -> Outcome:
     """Forward (and with ``backward`` also backward) over ``items``. ``observe`` sees the tensors of each
-    micro-batch, detached from nothing: it must not keep them.
+    micro-batch, detached from nothing: it must not keep them. ``carried``: what the terms carried to here, from
+    the step before; only a pass with ``backward`` moves it.
     """
     micro = provider.micro_batches(items)
-    _refuse_cut(terms, provider, len(micro))
     # Over all of the step: the denominators are those of all processes together.
     masks = {term.mask for term in terms if term.mask}
-    counted = gather(items, {"pairs", *masks} & provider.names, torch.device("cpu"))
-    whole = {term.name: denominator(term.reduction, counted, mask=term.mask) for term in terms}
+    counted = gather(items, {"pairs", *COUNTED, *masks} & provider.names, torch.device("cpu"))
+    counts = {term.name: denominator(term.reduction, counted, mask=term.mask) for term in terms}
     kl = provider.mismatched_kl(items) if "kl" in provider.names else None
-    totals = Totals()
+    together = coupled(terms)
+    cut = bool(together) and (len(micro) > 1 or not provider.ranks.alone)
     zero = torch.zeros((), dtype=torch.float64, device=provider.device)
-    loss, parts = zero, {term.name: zero for term in terms}
-    for part in micro:
-        with torch.set_grad_enabled(backward):
-            tensors = provider.tensors(part.items, provider.targets(part.items))
-            if kl is not None:
-                tensors["kl"] = kl
-            own = _objectives(terms, tensors, whole, totals if part.live else Totals())
-            value = sum((term.weight * own[term.name] for term in terms), start=zero)
-        if not part.live:
-            value, own = value * 0.0, {}
-        elif observe is not None:
-            observe(tensors)
-        if backward and value.requires_grad:
-            (value * provider.ranks.size).backward()  # gradients come together as a mean over processes
-        loss = loss + value.detach()
-        parts = {name: so_far + own[name].detach() if own else so_far for name, so_far in parts.items()}
+    pass_ = _Pass(provider, terms, counts, kl, Totals(), dict(carried), dict.fromkeys(counts, zero), observe)
+    if not cut:
+        pass_.go(micro, terms, backward=backward, moves=backward and bool(together))
+    else:
+        apart = [term for term in terms if term not in together]
+        noise = torch.random.get_rng_state()
+        seen = pass_.look(micro, together, observe=None if backward else observe)
+        whole = pass_.settle(seen, micro, together, backward=backward)
+        if backward:
+            torch.random.set_rng_state(noise)  # the same dropout in both passes
+        if apart or backward:
+            pass_.go(micro, apart, backward=backward, whole=whole, seen=seen)
+    parts, totals = pass_.parts, pass_.totals
     if not provider.ranks.alone:
-        loss, *rest = _summed(provider, [loss, *parts.values()])
-        parts = dict(zip(parts, rest, strict=True))
+        parts = dict(zip(parts, _summed(provider, list(parts.values())), strict=True))
         totals.merge(provider.ranks.gather(totals.state()))
+    loss = sum((term.weight * parts[term.name] for term in terms), start=zero)
     if len(terms) > 1:
         for name, value in parts.items():
             totals.add(f"loss/{name}", value)
-    return Outcome(loss, parts, totals)
+    return Outcome(loss, parts, totals, pass_.carried)
 
 
-def _refuse_cut(terms: Sequence[Term], provider: Provider, cuts: int) -> None:
-    """Refuse to show an objective that looks at a whole step only a part of it."""
-    for term in terms:
-        if term.decomposable or "kl" in term.tensors:
-            continue
-        if not provider.ranks.alone:
-            raise InputError(
-                f"{term.name} looks at all completions of a step at once, and {provider.ranks.size} processes "
-                "would see a part each",
-                mend="Run it in one process.",
-            )
-        if cuts > 1:
-            raise InputError(
-                f"{term.name} looks at all completions of a step at once, and they do not fit max_tokens",
-                mend="Raise max_tokens, or lower batch_size.",
-            )
+@dataclass
+class _Pass:
+    """One or two passes over the micro-batches of a step, and what has come of them so far."""
+
+    provider: Provider
+    terms: Sequence[Term]
+    counts: Mapping[str, float]
+    kl: Tensor | None
+    totals: Totals
+    carried: Carried
+    parts: dict[str, Tensor]
+    observe: Callable[[Mapping[str, Tensor]], None] | None
+
+    def tensors(self, part: MicroBatch, known: Mapping[str, Tensor] = NOTHING) -> dict[str, Tensor]:
+        """All tensors of a micro-batch; what is ``known`` of the reference is not computed again."""
+        targets = self.provider.targets(part.items)
+        known = {name: x for name, x in known.items() if name in REFERENCE_NAMES}
+        found = self.provider.tensors(part.items, targets | known)
+        return found if self.kl is None else found | {"kl": self.kl}
+
+    def go(
+        self,
+        micro: Sequence[MicroBatch],
+        terms: Sequence[Term],
+        *,
+        backward: bool,
+        moves: bool = False,
+        whole: Whole | None = None,
+        seen: Sequence[Mapping[str, Tensor]] = (),
+    ) -> None:
+        """The losses of ``terms``, micro-batch by micro-batch, and of ``whole`` its share of the gradient."""
+        for i, part in enumerate(micro):
+            with torch.set_grad_enabled(backward):
+                tensors = self.tensors(part, seen[i] if seen else NOTHING)
+                if moves:
+                    self.carried |= moved(terms, tensors, self.carried)
+                own = _objectives(
+                    terms, tensors, self.counts, self.carried, self.totals if part.live else Totals()
+                )
+                value = sum(
+                    (term.weight * own[term.name] for term in terms),
+                    start=torch.zeros((), dtype=torch.float64, device=self.provider.device),
+                )
+                if whole is not None and backward and part.live:
+                    value = value + whole.slope(i, tensors)
+            if not part.live:
+                value, own = value * 0.0 + _nothing(tensors), {}
+            elif self.observe is not None and (whole is None or backward):
+                self.observe(tensors)
+            if backward and value.requires_grad:
+                # gradients come together as a mean over processes
+                (value * self.provider.ranks.size).backward()
+            for name, loss in own.items():
+                self.parts[name] = self.parts[name] + loss.detach()
+
+    def look(
+        self,
+        micro: Sequence[MicroBatch],
+        together: Sequence[Term],
+        observe: Callable[[Mapping[str, Tensor]], None] | None,
+    ) -> list[dict[str, Tensor]]:
+        """The tensors of all micro-batches that ``together`` take, without gradient."""
+        names = {name for term in together for name in term.tensors} | {"lengths", "group"} | REFERENCE_NAMES
+        found = []
+        for part in micro:
+            with torch.no_grad():
+                tensors = self.tensors(part)
+            if observe is not None and part.live:
+                observe(tensors)
+            found.append({name: x for name, x in tensors.items() if name in names})
+        return found
+
+    def settle(
+        self,
+        seen: Sequence[Mapping[str, Tensor]],
+        micro: Sequence[MicroBatch],
+        together: Sequence[Term],
+        *,
+        backward: bool,
+    ) -> Whole:
+        """The losses and figures of ``together`` over the whole step; every process finds the same."""
+        names = {name for term in together for name in term.tensors}
+        whole = put_together(seen, [part.live for part in micro], names, self.provider.ranks)
+        if backward:
+            self.carried |= moved(together, whole.tensors, self.carried)
+        losses, metrics = learn(whole, together, self.counts, self.carried, backward=backward)
+        if self.provider.ranks.writes:  # what is summed over processes comes from one of them
+            _take(metrics, self.totals, set())
+            self.parts |= losses
+        return whole
+
+
+def _nothing(tensors: Mapping[str, Tensor]) -> Tensor:
+    """Zero, with a gradient of zero for all that was computed: a process that has nothing more to do stays in step."""
+    learnt = [x for x in tensors.values() if x.requires_grad]
+    return sum((x.double().sum() * 0.0 for x in learnt), start=torch.zeros((), dtype=torch.float64))
 
 
 def _summed(provider: Provider, values: Sequence[Tensor]) -> list[Tensor]:
@@ -101,28 +199,29 @@ def _summed(provider: Provider, values: Sequence[Tensor]) -> list[Tensor]:
 
 
 def _objectives(
-    terms: Sequence[Term], tensors: Mapping[str, Tensor], whole: Mapping[str, float], totals: Totals
+    terms: Sequence[Term],
+    tensors: Mapping[str, Tensor],
+    counts: Mapping[str, float],
+    carried: Mapping[str, list[float]],
+    totals: Totals,
 ) -> dict[str, Tensor]:
-    """The share of each term's loss that one micro-batch has; the figures go into ``totals``.
-
-    A figure that an earlier term has under the same name carries the name of its own term before it.
-    """
+    """The share of each term's loss that one micro-batch has; the figures go into ``totals``."""
     parts: dict[str, Tensor] = {}
     taken: set[str] = set()
     for term in terms:
-        given = {name: tensors[name] for name in term.tensors if name in tensors}
-        losses, metrics = term.function(**given, **term.hyper)
-        owner = _loss_owner(term, tensors) if term.reduction == "sequence_mean" else None
-        parts[term.name] = reduce(losses, term.reduction, denominator=whole[term.name], owner=owner)
-        for name, values in metrics.items():
-            totals.add(f"{term.name}/{name}" if name in taken else name, values)
-        taken |= metrics.keys()
+        losses, metrics = outcome(term, tensors, carried)
+        owner = loss_owner(term, tensors) if term.reduction == "sequence_mean" else None
+        parts[term.name] = reduce(losses, term.reduction, denominator=counts[term.name], owner=owner)
+        _take({term.name: metrics}, totals, taken)
     return parts
 
 
-def _loss_owner(term: Term, tensors: Mapping[str, Tensor]) -> Tensor:
-    owner = tensors["owner"]
-    return owner if term.mask is None else owner[tensors[term.mask][owner]]
+def _take(metrics: Mapping[str, Mapping[str, Tensor]], totals: Totals, taken: set[str]) -> None:
+    """Figures into ``totals``. One that an earlier term has under the same name carries its own term's before it."""
+    for term, own in metrics.items():
+        for name, values in own.items():
+            totals.add(f"{term}/{name}" if name in taken else name, values)
+        taken |= own.keys()
 
 
 def kl_figures(tensors: Mapping[str, Tensor], totals: Totals) -> None:

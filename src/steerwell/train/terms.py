@@ -10,9 +10,10 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from steerwell.data.errors import InputError
-from steerwell.data.types import CompletionGroup, Pair
+from steerwell.data.types import CompletionGroup
 from steerwell.objectives import table
 from steerwell.objectives.table import Objective
+from steerwell.train.targets import TARGETS
 
 Spec = str | Callable[..., Any] | Sequence[Any]
 
@@ -36,6 +37,9 @@ PROVIDED = frozenset(
         "advantages",
         "kl",
         "demonstrations",
+        "per_token_kl",
+        "per_token_collision",
+        *TARGETS,
     }
 )
 
@@ -160,6 +164,13 @@ def check_data(terms: Sequence[Term], groups: Sequence[CompletionGroup], what: s
                 f"{term.name} needs rewards; 0 of {_completions(groups)} completions in {what} have a score",
                 mend="Resolve score annotations first: steerwell.resolve.mean(groups), or train on rollouts.",
             )
+        for name in TARGETS.keys() & targets_of(term):
+            known = TARGETS[name].known
+            if known is not None and not any(any(known(group)) for group in groups):
+                raise InputError(
+                    f"{term.name} needs {name}; 0 of {_completions(groups)} completions in {what} have one",
+                    mend=TARGETS[name].lacking,
+                )
         if "old_per_token_logps" in names and not any(
             completion.old_logps is not None for group in groups for completion in group.completions
         ):
@@ -168,6 +179,11 @@ def check_data(terms: Sequence[Term], groups: Sequence[CompletionGroup], what: s
                 "have them",
                 mend="Sample with policy.sample, or train on steerwell.rollouts.",
             )
+
+
+def targets_of(term: Term) -> set[str]:
+    """The tensors of a term that data must hold: without the scores that a reward model gives itself."""
+    return set(table.needs(term.function, term.hyper)) - ({"scores"} if term.kind == "reward" else set())
 
 
 def _completions(groups: Sequence[CompletionGroup]) -> int:
@@ -191,11 +207,20 @@ def demonstrations(group: CompletionGroup) -> list[bool]:
 
 
 def prune(group: CompletionGroup, terms: Sequence[Term]) -> CompletionGroup | None:
-    """The group without the completions that no term reads; None when nothing is left."""
+    """The group without the completions that no term reads; None when nothing is left.
+
+    Where pairs are taken together with a target of completions (their scores), a pair stays if both of its
+    completions have one.
+    """
     names = needed(terms)
     wanted: set[int] = set()
-    if "pairs" in names:
-        wanted |= {i for pair in group.pairs for i in (pair.chosen, pair.rejected)}
+    pairs = group.pairs if "pairs" in names else ()
+    for name in {name for term in terms for name in targets_of(term)} & TARGETS.keys():
+        if (of := TARGETS[name].known) is not None:
+            known = of(group)
+            pairs = tuple(pair for pair in pairs if known[pair.chosen] and known[pair.rejected])
+            wanted |= {i for i, there in enumerate(known) if there and "pairs" not in names}
+    wanted |= {i for pair in pairs for i in (pair.chosen, pair.rejected)}
     if "labels" in names and group.labels is not None:
         wanted |= {i for i, label in enumerate(group.labels) if label is not None}
     if names & {"rewards", "advantages"} and group.scores is not None:
@@ -204,21 +229,26 @@ def prune(group: CompletionGroup, terms: Sequence[Term]) -> CompletionGroup | No
         wanted |= {i for i, good in enumerate(demonstrations(group)) if good}
     if not wanted:
         return None
-    if len(wanted) == len(group.completions):
+    if len(wanted) == len(group.completions) and (len(pairs) == len(group.pairs) or "pairs" not in names):
         return group
     keep = sorted(wanted)
     place = {old: new for new, old in enumerate(keep)}
+
+    def kept(values: tuple[Any, ...] | None) -> tuple[Any, ...] | None:
+        return None if values is None else tuple(values[i] for i in keep)
+
     return replace(
         group,
         completions=tuple(group.completions[i] for i in keep),
         pairs=tuple(
-            Pair(place[p.chosen], place[p.rejected], p.p)
-            for p in group.pairs
+            p._replace(chosen=place[p.chosen], rejected=place[p.rejected])
+            for p in (pairs if "pairs" in names else group.pairs)
             if p.chosen in place and p.rejected in place
         ),
-        scores=None if group.scores is None else tuple(group.scores[i] for i in keep),
-        labels=None if group.labels is None else tuple(group.labels[i] for i in keep),
-        ranks=None if group.ranks is None else tuple(group.ranks[i] for i in keep),
+        scores=kept(group.scores),
+        labels=kept(group.labels),
+        ranks=kept(group.ranks),
+        token_weights=kept(group.token_weights),
     )
 
 
