@@ -24,6 +24,7 @@ PER_PROMPT = 4
 FAR = 1e4
 APART = 100.0  # nats between two completions that are far apart, still within the exact range of every loss
 RTOL, ATOL = 1e-9, 1e-11
+PAIRED = [name for name, facts in TENSORS.items() if facts.shape[-1:] == ("M",)]
 
 Batch = dict[str, Tensor]
 
@@ -111,12 +112,13 @@ def made_up(names: tuple[str, ...], *, prompts: int = 3, seed: int = 0, at_start
     ref, old = (policy + apart * spread * normal(len(owner)) for spread in (0.5, 0.15))
     quality = torch.tensor([1.0, -1.0, 0.2, -0.3], dtype=torch.float64)[place]
     first = torch.arange(prompts) * PER_PROMPT
+    pairs = torch.cat([torch.stack([first + a, first + b]) for a, b in ((0, 1), (0, 2), (2, 1))], dim=1)
     everything = {
         "logps": summed(policy),
         "ref_logps": summed(ref),
         "old_logps": summed(old),
         "lengths": lengths.double(),
-        "pairs": torch.cat([torch.stack([first + a, first + b]) for a, b in ((0, 1), (0, 2), (2, 1))], dim=1),
+        "pairs": pairs,
         "pair_probs": 0.6 + 0.4 * torch.rand(3 * prompts, generator=g, dtype=torch.float64),
         "labels": quality > 0,
         "ranks": torch.tensor([0, 3, 1, 2])[place],
@@ -135,7 +137,7 @@ def made_up(names: tuple[str, ...], *, prompts: int = 3, seed: int = 0, at_start
         "token_weights": 0.5 + torch.rand(len(owner), generator=g, dtype=torch.float64),
         "turns": _place_within(owner, lengths) // 2,
         "steps": _place_within(owner, lengths) // 2,
-        "shared_tokens": torch.zeros(3 * prompts, dtype=torch.long),
+        "shared_tokens": (lengths[pairs].amin(0) - 1).clamp(max=2),  # so that both have a token after them
     }
     return {name: everything[name] for name in dict.fromkeys((*names, "lengths", "owner", "group"))}
 
@@ -299,9 +301,7 @@ def _check_empty(objective: Objective, names: tuple[str, ...], hyper: Mapping[st
     if objective.mask:
         batches.append({**batch, objective.mask: torch.zeros_like(batch[objective.mask])})
     if objective.unit == "pair":
-        batches.append({**batch, "pairs": batch["pairs"][:, :0]})
-        if "pair_probs" in batch:
-            batches[-1]["pair_probs"] = batch["pair_probs"][:0]
+        batches.append({name: x[..., :0] if name in PAIRED else x for name, x in batch.items()})
     for empty in batches:
         outcome = _evaluate(objective, names, empty, hyper)
         assert outcome.losses.numel() == 0, f"losses for nothing: {outcome.losses}"
@@ -319,9 +319,7 @@ def _check_permutation(
     if "pairs" in batch:
         order = torch.randperm(batch["pairs"].shape[1], generator=g)
         taken["M"] = taken["M"][order]
-        shuffled["pairs"] = shuffled["pairs"][:, order]
-        if "pair_probs" in batch:
-            shuffled["pair_probs"] = shuffled["pair_probs"][order]
+        shuffled |= {name: x[..., order] for name, x in shuffled.items() if name in PAIRED}
     after = _evaluate(objective, names, shuffled, hyper)
     for name, gradient in before.gradients.items():
         moved = gradient[taken[TENSORS[name].shape[0]]]

@@ -30,6 +30,7 @@ from steerwell.objectives.table import (
     objective,
     optional,
 )
+from steerwell.objectives.token_level import dmpo, step_dpo, tdpo, tis_dpo, wpo
 
 __all__ = [
     "TABLE",
@@ -52,6 +53,7 @@ __all__ = [
     "cpo",
     "denominator",
     "discopop",
+    "dmpo",
     "dpo",
     "dpo_shift",
     "dpop",
@@ -87,4 +89,8 @@ __all__ = [
     "slic",
     "spin",
     "sppo",
+    "step_dpo",
+    "tdpo",
+    "tis_dpo",
+    "wpo",
 ]

@@ -52,7 +52,7 @@ def bco_class_means(running: Tensor | None, **given: Any) -> Tensor:
     decomposable=False,
     surrogate=True,
     running=bco_class_means,
-    source="arXiv:2404.04656, section 4: binary cross-entropy with the reward shift",
+    source="arXiv:2404.04656: binary cross-entropy with the reward shift, a moving average",
 )
 def bco(
     logps: Tensor,
@@ -212,7 +212,7 @@ def beta_dpo_mean(running: Tensor | None, **given: Any) -> Tensor:
     decomposable=False,
     surrogate=True,
     running=beta_dpo_mean,
-    source="arXiv:2407.08639, section 4: batch-level beta and beta-guided filtering",
+    source="arXiv:2407.08639: batch-level beta and beta-guided filtering",
 )
 def beta_dpo(
     logps: Tensor,

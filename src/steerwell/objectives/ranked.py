@@ -16,7 +16,7 @@ from steerwell.objectives.table import Metrics, in_range, objective
 
 @objective(
     unit="completion",
-    source="arXiv:2305.18290, appendix A.3 (Plackett-Luce); arXiv:2402.01878, section 3 (listwise)",
+    source="arXiv:2305.18290, appendix A.3 (Plackett-Luce); arXiv:2402.01878 (listwise)",
 )
 def plackett_luce(
     logps: Tensor, ref_logps: Tensor, ranks: Tensor, group: Tensor, *, beta: float = 0.1
