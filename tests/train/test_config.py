@@ -44,7 +44,7 @@ def refused(tmp_path: Path, data: object, objective: object, **settings: object)
 
 def test_unknown_names_are_refused_with_the_nearest_one(tmp_path: Path) -> None:
     data = pair_groups()
-    assert "Did you mean 'dpo'?" in refused(tmp_path, data, "dop")
+    assert "Did you mean 'dpo'?" in refused(tmp_path, data, "dpoo")
     assert "Did you mean 'learning_rate'?" in refused(tmp_path, data, "dpo", learning_rte=1e-3)
     assert "Did you mean 'beta'?" in refused(tmp_path, data, "dpo", betta=0.1)
     assert "neither the loop nor the objective has it" in refused(tmp_path, data, "dpo", gamma=1.0)

@@ -173,7 +173,7 @@ def catalogue() -> dict[str, tuple[str, str]]:
     found |= {name: ("task", _described(name, text, named(name))) for name, text in NAMES.items()}
     found |= {name: ("rule", _described(name, "", rule)) for name, rule in RULES.items()}
     found |= {name: ("judge", _described(name, judges.KINDS[name], make)) for name, make in makers.items()}
-    found |= dict.fromkeys(objectives.TABLE, ("objective", ""))
+    found |= dict.fromkeys([*objectives.TABLE, *objectives.MIXTURES], ("objective", ""))
     return found
 
 

@@ -10,6 +10,7 @@ from steerwell.objectives.batchwise import alpha_dpo, aot, aot_unpaired, bco, be
 from steerwell.objectives.divergences import chi_po, f_dpo
 from steerwell.objectives.dpo_variants import discopop, dpo_shift, dpop, exo_pair, hinge, robust_dpo, spin
 from steerwell.objectives.length_aware import ld_dpo, ln_dpo, r_dpo
+from steerwell.objectives.mixtures import MIXTURES
 from steerwell.objectives.policy_gradient import grpo, ppo_clip, reinforce, rloo
 from steerwell.objectives.preference import dpo, ipo, kto, sft, simpo
 from steerwell.objectives.ranked import info_nca, nca, plackett_luce
@@ -33,6 +34,7 @@ from steerwell.objectives.table import (
 from steerwell.objectives.token_level import dmpo, step_dpo, tdpo, tis_dpo, wpo
 
 __all__ = [
+    "MIXTURES",
     "TABLE",
     "TENSORS",
     "Objective",

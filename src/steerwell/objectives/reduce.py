@@ -9,6 +9,7 @@ pair_mean               every pair weighs the same
 completion_mean         every completion weighs the same
 token_mean              every token weighs the same (long completions weigh more)
 sequence_mean           mean over the tokens of each completion, then over completions
+sequence_sum            sum over the tokens of each completion, mean over completions
 ======================  =====================================================================
 """
 
@@ -21,7 +22,7 @@ from torch import Tensor
 
 from steerwell.objectives.table import ObjectiveError, one_of
 
-REDUCTIONS: tuple[str, ...] = ("pair_mean", "completion_mean", "token_mean", "sequence_mean")
+REDUCTIONS: tuple[str, ...] = ("pair_mean", "completion_mean", "token_mean", "sequence_mean", "sequence_sum")
 
 
 def denominator(reduction: str, tensors: Mapping[str, Tensor], *, mask: str | None = None) -> float:
@@ -29,7 +30,7 @@ def denominator(reduction: str, tensors: Mapping[str, Tensor], *, mask: str | No
 
     ``tensors`` holds ``pairs`` (2, M) for "pair_mean" and ``lengths`` (N,) for the others. ``mask`` names
     the bool tensor (N,) that selects completions (an objective's ``.mask``); completions outside it do not
-    count, and neither do completions without a token in "sequence_mean".
+    count, and neither do completions without a token in "sequence_mean" and "sequence_sum".
     Raises ObjectiveError for an unknown reduction or a missing tensor.
     """
     one_of("reduction", reduction, REDUCTIONS)
@@ -44,7 +45,8 @@ def denominator(reduction: str, tensors: Mapping[str, Tensor], *, mask: str | No
         lengths = lengths[tensors[mask]]
     if reduction == "token_mean":
         return float(lengths.double().sum())
-    return float((lengths > 0).sum()) if reduction == "sequence_mean" else float(lengths.numel())
+    by_sequence = reduction in ("sequence_mean", "sequence_sum")
+    return float((lengths > 0).sum()) if by_sequence else float(lengths.numel())
 
 
 def reduce(losses: Tensor, reduction: str, *, denominator: float, owner: Tensor | None = None) -> Tensor:

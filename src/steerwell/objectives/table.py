@@ -22,6 +22,8 @@ from typing import Any, Literal, NamedTuple, Protocol, TypeVar, cast
 import torch
 from torch import Tensor
 
+from steerwell.objectives.mixtures import MIXTURES, mixture_page
+
 Unit = Literal["pair", "completion", "token"]
 Kind = Literal["policy", "reward", "policy_gradient"]
 Metrics = dict[str, Tensor]
@@ -89,7 +91,7 @@ DEFAULT_REDUCTION: dict[str, str] = {
 UNIT_REDUCTIONS: dict[str, tuple[str, ...]] = {
     "pair": ("pair_mean",),
     "completion": ("completion_mean",),
-    "token": ("token_mean", "sequence_mean"),
+    "token": ("token_mean", "sequence_mean", "sequence_sum"),
 }
 
 
@@ -276,7 +278,11 @@ def one_of(name: str, value: Any, choices: Iterable[str]) -> None:
 
 
 def explain(name: str | Callable[..., Any]) -> str:
-    """A page of plain text: formula, source, what it needs, hyperparameters, how it can fail, when to use it."""
+    """A page of plain text: formula, source, when to use it, what it needs, hyperparameters, how it can fail. For the
+    name of a mixture: its terms.
+    """
+    if isinstance(name, str) and name in MIXTURES:
+        return mixture_page(name)
     fn = get(name)
     parts = docstring_parts(fn)
     meaning = dict(_entries(parts.get("Hyperparameters", "")))

@@ -12,7 +12,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic_core import PydanticCustomError
 
 from steerwell.data.errors import InputError, nearest
 from steerwell.objectives.table import TABLE, hyperparameters
@@ -120,7 +121,8 @@ class Recipe(BaseModel):
 
     ``data`` and ``eval_data`` are a store or a file that ``load`` reads. ``split`` is used for training and
     ``eval_split`` for the held-out figures (both only with a store; an ``eval_data`` file is used whole).
-    ``resolve`` turns annotations into targets: "auto" asks the objective (pairs: majority; labels: labels;
+    ``losses`` is a mixture, in the place of ``objective``: a list of [objective, weight] or [objective, weight,
+    settings]. ``resolve`` turns annotations into targets: "auto" asks the objective (pairs: majority; labels: labels;
     scores: mean), and a table ``[resolve]`` holds a ``rule`` with its settings. Paths are taken from where
     the command runs. With ``judge`` the run is online: completions are sampled from the policy for the
     prompts of ``data``, and ``[rollouts]`` holds the sampling settings. ``lora`` is the rank of a new adapter:
@@ -147,6 +149,16 @@ class Recipe(BaseModel):
     hyperparameters: dict[str, Any] = Field(default_factory=dict)
     train: TrainConfig = TrainConfig()
     rollouts: dict[str, Any] = Field(default_factory=dict)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _one_objective(cls, table: Any) -> Any:
+        if isinstance(table, dict) and "losses" in table:
+            if "objective" in table:
+                raise PydanticCustomError("both", "objective and losses are both given")
+            table = {**table, "objective": table["losses"]}
+            del table["losses"]
+        return table
 
     @classmethod
     def from_toml(cls, path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
@@ -184,6 +196,8 @@ def parse(model: type[Any], table: Mapping[str, Any], file: str | Path | None = 
                 further = nearest(parts[-1], [f"train.{name}" for name in TrainConfig.model_fields])
                 mend = mend if further.startswith("Known") else further
             raise InputError(f"unknown setting {place!r}", file=file, mend=mend) from None
+        if first["type"] == "both":
+            raise InputError(first["msg"], file=file, mend="A mixture is told by losses alone.") from None
         if first["type"] == "missing":
             raise InputError(f"{place!r} is missing", file=file, mend=f"Add {place} = …") from None
         got = str(first["input"])[:40]

@@ -147,7 +147,9 @@ def checked(
     out of range.
     """
     parts = functions_of(objective)
-    own, hyper = split_settings(settings, {name for fn, _, _ in parts for name in hyperparameters(fn)})
+    own, hyper = split_settings(
+        settings, {"reduction", *(name for fn, _, _ in parts for name in hyperparameters(fn))}
+    )
     base = config.model_dump(exclude_unset=True) if isinstance(config, TrainConfig) else dict(config or {})
     return make_terms(parts, hyper), parse(TrainConfig, base | own)
 

@@ -9,9 +9,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from steerwell.data.errors import InputError
+from steerwell.data.errors import InputError, nearest
 from steerwell.data.types import CompletionGroup
 from steerwell.objectives import table
+from steerwell.objectives.mixtures import MIXTURES
 from steerwell.objectives.table import Objective
 from steerwell.train.targets import TARGETS
 
@@ -64,15 +65,18 @@ class Term:
 
 
 def functions_of(objective: Spec) -> list[tuple[Objective, float, dict[str, Any]]]:
-    """The functions of an objective: a name, a function, or a list of (name or function, weight[, hyper]).
+    """The functions of an objective: a name, a function, or a list of (name or function, weight[, hyper]). The name
+    of a mixture stands for its list.
 
     Raises :class:`InputError` for an unknown name, a function that is no objective, or a malformed mixture.
     """
+    if isinstance(objective, str) and objective in MIXTURES:
+        objective = MIXTURES[objective].terms
     if isinstance(objective, str) or callable(objective):
         return [(_function(objective), 1.0, {})]
     parts: list[tuple[Objective, float, dict[str, Any]]] = []
-    for part in objective:
-        part = (part, 1.0) if isinstance(part, str) or callable(part) else tuple(part)
+    for each in objective:
+        part: tuple[Any, ...] = (each, 1.0) if isinstance(each, str) or callable(each) else tuple(each)
         if not 2 <= len(part) <= 3 or not isinstance(part[1], int | float):
             raise InputError(
                 f"a mixture is a list of (objective, weight), got {part!r}",
@@ -103,10 +107,16 @@ def make_terms(
                 f"{name!r} is a hyperparameter of {' and of '.join(having)}",
                 mend=f'Give it with its term: ("{having[0]}", 1.0, {{"{name}": …}}).',
             )
+    if "reduction" in hyper and not any("reduction" in table.hyperparameters(fn) for fn, _, _ in parts):
+        parts = _reduced(parts, hyper["reduction"])
     for fn, weight, own in parts:
         defaults = table.hyperparameters(fn)
+        given = {k: v for k, v in hyper.items() if k in defaults} | own
+        reduction = fn.reduction
+        if "reduction" in given and "reduction" not in defaults:
+            reduction = _reduction(fn, given.pop("reduction"))
         try:
-            full = table.check_hyperparameters(fn, {k: v for k, v in hyper.items() if k in defaults} | own)
+            full = table.check_hyperparameters(fn, given)
         except table.ObjectiveError as error:
             raise InputError(str(error)) from None
         required = table.needs(fn, full)
@@ -122,7 +132,7 @@ def make_terms(
                 tensors=required + tuple(n for n in table.optional(fn) if n in PROVIDED),
                 kind=fn.kind,
                 unit=fn.unit,
-                reduction=fn.reduction,
+                reduction=reduction,
                 decomposable=fn.decomposable,
                 advantages=fn.advantages,
                 mask=fn.mask,
@@ -135,7 +145,14 @@ def make_terms(
 
 def describe(terms: Sequence[Term]) -> dict[str, dict[str, Any]]:
     """The terms as plain values for ``run.json``."""
-    return {term.name: {"weight": term.weight, **term.hyper} for term in terms}
+    return {
+        term.name: {
+            "weight": term.weight,
+            **({} if term.reduction == term.function.reduction else {"reduced by": term.reduction}),
+            **term.hyper,
+        }
+        for term in terms
+    }
 
 
 def needed(terms: Sequence[Term]) -> set[str]:
@@ -252,6 +269,27 @@ def prune(group: CompletionGroup, terms: Sequence[Term]) -> CompletionGroup | No
     )
 
 
+def _reduced(
+    parts: Sequence[tuple[Objective, float, dict[str, Any]]], reduction: Any
+) -> list[tuple[Objective, float, dict[str, Any]]]:
+    """The parts with a reduction that was given from outside, at the one that has a choice."""
+    choices = [fn for fn, _, _ in parts if len(table.UNIT_REDUCTIONS[fn.unit]) > 1]
+    if len(choices) > 1:
+        raise InputError("several objectives of the mixture have a reduction", mend="Give it with its term.")
+    at = (choices or [parts[0][0]])[0]
+    return [(fn, w, {"reduction": reduction} | own if fn is at else own) for fn, w, own in parts]
+
+
+def _reduction(fn: Objective, asked: Any) -> str:
+    known = table.UNIT_REDUCTIONS[fn.unit]
+    if asked not in known:
+        raise InputError(
+            f"{fn.__name__} cannot be reduced by {asked!r}: it gives one loss per {fn.unit}",
+            mend=f"Choose {' or '.join(known)}, or leave reduction out ({fn.reduction}).",
+        )
+    return str(asked)
+
+
 def _free_name(name: str, taken: Sequence[str]) -> str:
     """The name, with a number behind it where a mixture has the same objective again."""
     times = sum(other.split("#")[0] == name for other in taken)
@@ -266,6 +304,10 @@ def _function(objective: Any) -> Objective:
     try:
         return table.get(objective)
     except table.ObjectiveError as error:
+        if isinstance(objective, str) and objective not in table.TABLE:
+            raise InputError(
+                f"unknown objective {objective!r}", mend=nearest(objective, [*table.TABLE, *MIXTURES])
+            ) from None
         raise InputError(str(error)) from None
 
 
