@@ -155,7 +155,7 @@ def aot(logps: Tensor, ref_logps: Tensor, pairs: Tensor, *, beta: float = 0.1) -
 def aot_unpaired(
     logps: Tensor, ref_logps: Tensor, labels: Tensor, *, beta: float = 0.1
 ) -> tuple[Tensor, Metrics]:
-    """Alignment by optimal transport: log-ratios of desirable completions above the others' at every quantile.
+    """Alignment by optimal transport: log-ratios of the desirable above the others' at every quantile.
 
     Formula:
         h(y) = log pi(y|x) - log ref(y|x), summed over tokens
@@ -305,7 +305,7 @@ def alpha_dpo(
     alpha: float = 0.5,
     momentum: float = 0.9,
 ) -> tuple[Tensor, Metrics]:
-    """SimPO with a target margin for each pair: larger where policy and reference already differ in its favour.
+    """SimPO with a target margin for each pair: larger where policy and reference already differ for it.
 
     Formula:
         u = beta (log pi(y_w|x) / |y_w| - log pi(y_l|x) / |y_l|)
