@@ -8,6 +8,7 @@ held constant: no gradient passes through it, unlike through the order statistic
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -265,7 +266,8 @@ def beta_dpo(
     usual = running[0].to(margins)
     away = (margins.detach() - usual).abs()
     nearer = torch.searchsorted(away.sort().values, away.contiguous())  # how many pairs are strictly nearer
-    kept = (nearer < (1 - filtered) * len(away) - 1e-9).to(margins.dtype)  # (1 - 0.7) * 10 is above 3
+    room = math.ceil((1 - filtered) * len(away) - 1e-9)  # (1 - 0.7) * 10 is above 3
+    kept = (nearer < room).to(margins.dtype)
     excess = (kept * (margins.detach() - usual)).sum() / kept.sum().clamp(min=1)
     scaled = (beta * (1 + alpha * excess)).clamp(min=SMALLEST_BETA).nan_to_num(beta)
     metrics = pair_metrics(beta * h, logps[pairs])
