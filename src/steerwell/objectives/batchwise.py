@@ -340,7 +340,7 @@ def alpha_dpo(
     given = {"logps": logps, "ref_logps": ref_logps, "lengths": lengths, "pairs": pairs}
     if running is None:
         running = alpha_dpo_moments(None, momentum=momentum, **given)
-    mean, spread = running[0], running[1]
+    mean, spread = running.to(logps.device)
     z = torch.where(spread > 0, (_mean_margins(given) - mean) / spread, 0.0)
     rewards = beta * logps[pairs] / lengths[pairs].clamp(min=1)
     target = (gamma + alpha * z).to(rewards.dtype)
