@@ -8,6 +8,7 @@ held constant: no gradient passes through it, unlike through the order statistic
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -155,7 +156,7 @@ def aot(logps: Tensor, ref_logps: Tensor, pairs: Tensor, *, beta: float = 0.1) -
 def aot_unpaired(
     logps: Tensor, ref_logps: Tensor, labels: Tensor, *, beta: float = 0.1
 ) -> tuple[Tensor, Metrics]:
-    """Alignment by optimal transport: log-ratios of desirable completions above the others' at every quantile.
+    """Alignment by optimal transport: log-ratios of the desirable above the others' at every quantile.
 
     Formula:
         h(y) = log pi(y|x) - log ref(y|x), summed over tokens
@@ -265,7 +266,8 @@ def beta_dpo(
     usual = running[0].to(margins)
     away = (margins.detach() - usual).abs()
     nearer = torch.searchsorted(away.sort().values, away.contiguous())  # how many pairs are strictly nearer
-    kept = (nearer < (1 - filtered) * len(away) - 1e-9).to(margins.dtype)  # (1 - 0.7) * 10 is above 3
+    room = math.ceil((1 - filtered) * len(away) - 1e-9)  # (1 - 0.7) * 10 is above 3
+    kept = (nearer < room).to(margins.dtype)
     excess = (kept * (margins.detach() - usual)).sum() / kept.sum().clamp(min=1)
     scaled = (beta * (1 + alpha * excess)).clamp(min=SMALLEST_BETA).nan_to_num(beta)
     metrics = pair_metrics(beta * h, logps[pairs])
@@ -305,7 +307,7 @@ def alpha_dpo(
     alpha: float = 0.5,
     momentum: float = 0.9,
 ) -> tuple[Tensor, Metrics]:
-    """SimPO with a target margin for each pair: larger where policy and reference already differ in its favour.
+    """SimPO with a target margin for each pair: larger where policy and reference already differ for it.
 
     Formula:
         u = beta (log pi(y_w|x) / |y_w| - log pi(y_l|x) / |y_l|)
@@ -338,7 +340,7 @@ def alpha_dpo(
     given = {"logps": logps, "ref_logps": ref_logps, "lengths": lengths, "pairs": pairs}
     if running is None:
         running = alpha_dpo_moments(None, momentum=momentum, **given)
-    mean, spread = running[0], running[1]
+    mean, spread = running.to(logps.device)
     z = torch.where(spread > 0, (_mean_margins(given) - mean) / spread, 0.0)
     rewards = beta * logps[pairs] / lengths[pairs].clamp(min=1)
     target = (gamma + alpha * z).to(rewards.dtype)

@@ -181,8 +181,8 @@ def step_dpo(
     Hyperparameters:
         beta: how strongly the policy is held to the reference; larger holds more
     Returns:
-        losses (M,), ln 2 for each pair at the start; rewards beta * h of the step, margins and accuracies; logps of the
-        step
+        losses (M,), ln 2 for each pair at the start; rewards beta * h of the step, margins and accuracies; logps
+        of the step
     Differs:
         The paper writes the history into the prompt and its two completions are one step each: shared_tokens is 0
         then, step 0 is the one that counts, and steps that follow it do not. A history within the completions
@@ -237,7 +237,7 @@ def dmpo(
     beta: float = 0.1,
     gamma: float = 0.7,
 ) -> tuple[Tensor, Metrics]:
-    """DPO for conversations and agents of several turns: earlier turns weigh more, and long ones no more than short.
+    """DPO for trajectories of several turns: earlier turns weigh more, and long ones no more than short.
 
     Formula:
         phi(t, T) = gamma^t (1 - gamma^(T - t)) / (1 - gamma^T), and (T - t) / T for gamma = 1
@@ -251,7 +251,7 @@ def dmpo(
         losses (M,), ln 2 for each pair at the start; rewards beta * h with phi, margins and accuracies; logps without
         phi
     Failure modes:
-        The last turns, where tasks are won or lost, weigh least: phi falls to gamma^(T-1) (1 - gamma) / (1 - gamma^T).
+        The last turns, where tasks are won or lost, weigh least: phi falls to gamma^(T-1) / (1 + ... + gamma^(T-1)).
         Tokens of a turn are summed: long turns weigh more than short ones.
         With one turn it is DPO.
     Use when:
