@@ -33,6 +33,8 @@ if TYPE_CHECKING:
     from steerwell.models.load import load_policy as load_policy
     from steerwell.models.reward_model import RewardModel as RewardModel
     from steerwell.models.reward_model import load_reward_model as load_reward_model
+    from steerwell.models.self_play import self_play_pairs as self_play_pairs
+    from steerwell.models.token_weights import contrast_weights as contrast_weights
     from steerwell.train.loop import train as train
     from steerwell.train.sources import rollouts as rollouts
 
@@ -52,6 +54,7 @@ _PLACES: dict[str, tuple[str, str]] = {
     "RewardModel": ("steerwell.models.reward_model", "RewardModel"),
     "Source": ("steerwell.data.types", "Source"),
     "Store": ("steerwell.data.store", "Store"),
+    "contrast_weights": ("steerwell.models.token_weights", "contrast_weights"),
     "audit": ("steerwell.data.quality", "audit"),
     "evaluate": ("steerwell.evals.task", "evaluate"),
     "judges": ("steerwell.judges", ""),
@@ -63,6 +66,7 @@ _PLACES: dict[str, tuple[str, str]] = {
     "resolve": ("steerwell.data.resolve", ""),
     "rollouts": ("steerwell.train.sources", "rollouts"),
     "save": ("steerwell.data.formats", "save"),
+    "self_play_pairs": ("steerwell.models.self_play", "self_play_pairs"),
     "train": ("steerwell.train", ""),
     "world": ("steerwell.world", ""),
 }
@@ -79,6 +83,8 @@ __all__ = [  # noqa: RUF022 (in the order in which they are used)
     "objectives",
     "train",
     "rollouts",
+    "contrast_weights",
+    "self_play_pairs",
     "evaluate",
     "world",
     "InputError",

@@ -83,3 +83,23 @@ def test_min_votes_and_criterion() -> None:
 def test_bad_settings() -> None:
     with pytest.raises(InputError):
         resolve.majority([], ties="maybe")  # type: ignore[arg-type]
+
+
+# --- ranks ---
+def test_ranks_are_shares_of_votes_won() -> None:
+    ranking = Annotation("ranking", (C.id, A.id, B.id), "x", (2, 1, 3))
+    (found,) = resolve.ranks([group(ranking)])
+    assert found.ranks == (0, 2, 1)
+    other = Annotation("ranking", (A.id, B.id, C.id), "y", (3, 2, 1))
+    # A wins 1 of 2 against B and 1 of 2 against C; B 1 of 2 and 0 of 2; C 1 of 2 and 2 of 2
+    both = resolve.ranks([group(ranking, other)])
+    assert both[0].ranks == (1, 2, 0)
+    assert both.report.disagreements == 2
+    assert both.report.ranks == 3
+
+
+def test_ranks_leave_out_what_was_never_compared_and_tie_equals() -> None:
+    (found,) = resolve.ranks([group(prefers(A, B, "tie"))])
+    assert found.ranks == (0, 0, None)
+    assert list(resolve.ranks([group(prefers(A, B, None))])) == []
+    assert list(resolve.ranks([group(prefers(A, B, 0))], min_votes=2)) == []

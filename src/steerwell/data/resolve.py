@@ -4,6 +4,7 @@ majority  pairs, by most votes (preferences and rankings)
 soft      pairs with the share of votes as probability
 mean      scores, the mean of each completion's scores
 labels    labels, by most votes (or from preferences)
+ranks     ranks, by the votes that each completion wins against the others of its prompt
 
 Each returns a list of groups with a ``.report`` of what was counted. An annotation without a verdict never
 counts as anything. Groups that get no target are left out, and the report says how many. The inputs are not
@@ -43,13 +44,16 @@ class ResolveReport:
     pairs: int = 0
     scores: int = 0
     labels: int = 0
+    ranks: int = 0
 
     def to_dict(self) -> dict[str, Any]:
         """All counts by name."""
         return asdict(self)
 
     def __str__(self) -> str:
-        made = ", ".join(f"{n} {w}" for w in ("pairs", "scores", "labels") if (n := getattr(self, w)))
+        made = ", ".join(
+            f"{n} {w}" for w in ("pairs", "scores", "labels", "ranks") if (n := getattr(self, w))
+        )
         words = {
             "no_verdict": "without a verdict",
             "both_bad": "both bad",
@@ -204,6 +208,44 @@ def labels(
     return Resolved(result, report)
 
 
+def ranks(
+    groups: Iterable[CompletionGroup],
+    *,
+    annotations: Iterable[Annotation] | None = None,
+    min_votes: int = 1,
+    criterion: str | None = None,
+) -> Resolved:
+    """Ranks from rankings and preferences, 0 is best: completions are ordered by their mean share of the votes
+    against each other one that they were compared with (half of a tied vote each), as in Borda's count. Equal
+    shares are equal ranks. None where a completion has fewer than ``min_votes`` votes.
+    """
+    _check(min_votes)
+    report = ResolveReport("ranks")
+    result = []
+    for group, votes in _ballots(groups, annotations, criterion, False, report):
+        shares: list[list[float]] = [[] for _ in group.completions]
+        counts = [0] * len(group.completions)
+        for (i, j), (for_i, for_j, tied) in votes.items():
+            total = for_i + for_j + tied
+            report.disagreements += for_i > 0 and for_j > 0
+            for place, won in ((i, for_i), (j, for_j)):
+                shares[place].append((won + tied / 2) / total)
+                counts[place] += total
+        report.too_few += sum(0 < count < min_votes for count in counts)
+        points = [
+            sum(own) / len(own) if own and count >= min_votes else None
+            for own, count in zip(shares, counts, strict=True)
+        ]
+        order = sorted({point for point in points if point is not None}, reverse=True)
+        made = sum(point is not None for point in points)
+        if made > 1:
+            report.ranks += made
+            report.resolved += 1
+            placed = tuple(None if point is None else order.index(point) for point in points)
+            result.append(replace(group, ranks=placed))
+    return Resolved(result, report)
+
+
 def _check(min_votes: int, *, ties: str = "drop", pairs: str = "all") -> None:
     if min_votes < 1:
         raise InputError(f"min_votes must be at least 1, got {min_votes}", mend="1 takes every vote.")
@@ -323,4 +365,4 @@ def _values(
         yield group, values
 
 
-__all__ = ["ResolveReport", "Resolved", "labels", "majority", "mean", "soft"]
+__all__ = ["ResolveReport", "Resolved", "labels", "majority", "mean", "ranks", "soft"]

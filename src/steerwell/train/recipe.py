@@ -26,6 +26,7 @@ RULES: dict[str, Callable[..., resolve.Resolved]] = {
     "soft": resolve.soft,
     "mean": resolve.mean,
     "labels": resolve.labels,
+    "ranks": resolve.ranks,
 }
 SQLITE = b"SQLite format 3\x00"
 
@@ -182,7 +183,10 @@ def _rules_for(groups: Sequence[CompletionGroup], terms: Sequence[Term]) -> list
         rules.append("majority")
     if "labels" in names and not have_labels:
         rules.append("labels")
-    if names & {"rewards", "advantages"} and not any(group.scores is not None for group in groups):
+    if "ranks" in names and not any(group.ranks is not None for group in groups):
+        rules.append("ranks")
+    scored = {"rewards", "advantages"} | ({"scores"} if terms[0].kind != "reward" else set())
+    if names & scored and not any(group.scores is not None for group in groups):
         rules.append("mean")
     if "demonstrations" in names and not rules and not have_pairs and not have_labels:
         rules += ["labels"] if "label" in kinds else ["majority"] if kinds & {"preference", "ranking"} else []
