@@ -19,9 +19,9 @@ def test_denominators_count_units() -> None:
         "lengths": LENGTHS,
         "demonstrations": torch.tensor([True, False, True]),
     }
-    assert [denominator(name, tensors) for name in REDUCTIONS] == [2.0, 3.0, 6.0, 3.0]
+    assert [denominator(name, tensors) for name in REDUCTIONS] == [2.0, 3.0, 6.0, 3.0, 3.0]
     masked = [denominator(name, tensors, mask="demonstrations") for name in REDUCTIONS]
-    assert masked == [2.0, 2.0, 3.0, 2.0]
+    assert masked == [2.0, 2.0, 3.0, 2.0, 2.0]
 
 
 def test_sequence_mean_does_not_count_completions_without_tokens() -> None:

@@ -131,9 +131,10 @@ def test_every_objective_is_fully_described(name: str) -> None:
     """Holds for objectives that come later too: facts that exist, and a docstring with every section."""
     fn = TABLE[name]
     parts = docstring_parts(fn)
-    assert set(parts) <= {"", "Formula", "Hyperparameters", "Returns", "Differs", "Failure modes", "Use when"}
+    assert set(parts) <= {"", "Formula", "Hyperparameters", "Returns", "Differs", "Use when", "Failure modes"}
     assert parts["Formula"]
     assert parts["Returns"].startswith("losses (")
+    assert parts["Use when"]
     assert parts["Failure modes"]
     assert "\n" not in parts[""], "the opening is one line"
     assert fn.source
@@ -152,7 +153,7 @@ def test_explain_is_a_page_one_can_read() -> None:
     page = explain("dpo")
     assert page.startswith("dpo: Direct preference optimisation: ")
     headings = [line for line in page.splitlines() if line and not line.startswith(" ")][1:]
-    assert headings == ["Formula", "Source", "Needs", "Hyperparameters", "Gives", "Failure modes"]
+    assert headings == ["Formula", "Source", "Needs", "Hyperparameters", "Gives", "Use when", "Failure modes"]
     for line in (
         "  arXiv:2305.18290, equation 7; label smoothing: cDPO (Mitchell 2023)",
         "  ref_logps (N): the same under the frozen reference model",

@@ -26,6 +26,15 @@ METRICS: dict[str, str] = {
         "policy loses the good completions too; an added sft term holds them."
     ),
     "logps/rejected": "Log-probability of rejected completions (nats, summed over tokens), mean.",
+    "displacement/chosen": (
+        "Log-probability of the chosen completions now less that at the start of the run (nats, summed over "
+        "tokens), mean. Below 0 the policy is losing them (likelihood displacement)."
+    ),
+    "displacement/chosen_per_token": "displacement/chosen, per token of the completion.",
+    "displacement/fell": (
+        "Share of the pairs whose chosen completion is less likely than at the start of the run. dpop, cal_dpo "
+        "or an added sft term hold them."
+    ),
     "accuracy": (
         "Share of pairs in which the reward model scores the chosen completion higher; ties count half."
     ),

@@ -161,8 +161,9 @@ def exo_pair(
     if pair_probs is None:
         towards, away = math.log1p(-epsilon), math.log(epsilon)
     else:
-        target = pair_probs * (1 - epsilon) + (1 - pair_probs) * epsilon
-        towards, away = torch.log(target), torch.log1p(-target)
+        # each side's share by itself: 1 - target would cancel where a float32 label is certain
+        towards = torch.log(pair_probs * (1 - epsilon) + (1 - pair_probs) * epsilon)
+        away = torch.log(pair_probs * epsilon + (1 - pair_probs) * (1 - epsilon))
     losses = torch.sigmoid(margin) * (F.logsigmoid(margin) - towards)
     losses = losses + torch.sigmoid(-margin) * (F.logsigmoid(-margin) - away)
     return losses, pair_metrics(rewards, logps[pairs])

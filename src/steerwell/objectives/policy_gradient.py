@@ -25,6 +25,8 @@ def reinforce(logps: Tensor, advantages: Tensor) -> tuple[Tensor, Metrics]:
         loss_i = -A_i log pi(y_i | x_i), summed over tokens
     Returns:
         losses (N,); logps. The value means nothing by itself, only its gradient does.
+    Use when:
+        You sample afresh for every step and want the plain estimator to compare others with.
     Failure modes:
         Right only for completions that the current policy sampled: one step per batch of samples.
         High variance; long completions make large gradients.
@@ -60,6 +62,9 @@ def rloo(
     Returns:
         losses (N,); logps, kl (k_i: its mean estimates KL(pi || ref) per completion, single entries may be
         < 0)
+    Use when:
+        You sample several completions per prompt, afresh for every step, and the reward is noisy;
+        simpler than PPO, no value network.
     Failure modes:
         Right only for completions that the current policy sampled: one step per batch of samples.
         A group of one completion gets neither reward nor penalty.
@@ -103,6 +108,8 @@ def ppo_clip(
         losses (S,); ratio, clipped (1 where the clip took the gradient away)
     Differs:
         A log-ratio beyond 20 continues exp as a straight line, so that nothing overflows.
+    Use when:
+        You take several steps on one batch of samples and bring your own advantages.
     Failure modes:
         Nothing holds the policy to its start beyond one batch of samples.
         For A < 0 a large ratio is not clipped: one token can dominate the step.
@@ -149,6 +156,9 @@ def grpo(
         losses (S,); ratio, clipped (1 where the clip took the gradient away), and kl if beta is not 0
     Differs:
         A log-ratio beyond 20 continues exp as a straight line, so that nothing overflows.
+    Use when:
+        You sample groups of eight or more per prompt and score them by a checker or a reward model;
+        no value network.
     Failure modes:
         A group whose rewards are all equal teaches nothing; dividing by std lifts groups that nearly agree.
         The mean per completion favours short right answers and long wrong ones.

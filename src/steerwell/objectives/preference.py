@@ -21,6 +21,9 @@ def sft(per_token_logps: Tensor, owner: Tensor, demonstrations: Tensor) -> tuple
         loss_t = -log pi(y_t | x, y_<t), for the tokens of completions marked as demonstrations
     Returns:
         losses (S_d,), the tokens of demonstrations in the order given; no metrics
+    Use when:
+        You have completions worth imitating: a first stage before preferences, or the anchor in a
+        mixture that keeps the chosen completions likely.
     Failure modes:
         token_mean lets long demonstrations weigh more than short ones.
         Several epochs over few demonstrations memorise them; watch the held-out loss.
@@ -50,6 +53,9 @@ def dpo(
     Returns:
         losses (M,), ln 2 for each pair at the start; rewards beta * h, margins and accuracies (ties count
         half)
+    Use when:
+        You have pairs and room for a reference: the one to try first and to compare others with.
+        label_smoothing for labels known to be noisy, pair_probs where several annotators voted.
     Failure modes:
         On deterministic labels the margin grows without bound; label smoothing stops it at logit(1 - e) /
         beta.
@@ -93,6 +99,8 @@ def ipo(
         The paper's equation has sums. The default is the mean per token, which its authors recommend for
         language models and which public trainers use. With "mean" the aim of 1 / (2 tau) is in nats per
         token: 5 at tau = 0.1 is far; with "sum" the same number is in nats per completion.
+    Use when:
+        You have pairs with one firm verdict each, and DPO's margin runs away on them.
     Failure modes:
         A tau tuned for one reduction is wrong for the other by about the length of a completion.
         Beyond the aim the gradient turns and pulls the margin back: accuracy may fall while the loss falls.
@@ -128,6 +136,9 @@ def simpo(
             that some trainers call gamma_beta_ratio (that ratio is 0.55 here)
     Returns:
         losses (M,); rewards r, margins and accuracies
+    Use when:
+        You have pairs but no room for a reference, and can afford to sweep the learning rate.
+        The chosen and the rejected differ much in length.
     Failure modes:
         Nothing holds the policy to its start: too high a learning rate ends in repetition loops.
         Very sensitive to the learning rate (3e-7 to 1e-6 for models of 7B parameters).
@@ -164,6 +175,9 @@ def kto(
         undesirable_weight: weight of undesirable completions
     Returns:
         losses (N,); rewards/chosen over the desirable, rewards/rejected over the undesirable, kl
+    Use when:
+        You have thumbs up or down on single completions, or far more of one than of the other.
+        Steps hold some tens of completions, so that kl is an estimate.
     Failure modes:
         kl is the mean of h over completions put beside prompts that are not theirs, over the whole step;
         from a micro-batch of one, or where a prompt meets its own completion, it is no estimate of anything.

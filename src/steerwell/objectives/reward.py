@@ -25,6 +25,9 @@ def bradley_terry(
         centering: pulls the scores of each pair to a mean of 0; 0.01 is usual, 0 leaves the level free
     Returns:
         losses (M,), ln 2 for each pair of equal scores; accuracy (ties count half), margin, scores
+    Use when:
+        You have pairs and want a scorer: for best-of-n, for ranking, or as the reward of policy
+        gradients.
     Failure modes:
         Overfits after about one epoch.
         Scores compare completions of one prompt only; across prompts their level means nothing without

@@ -310,7 +310,7 @@ def explain(name: str | Callable[..., Any]) -> str:
     )
     if fn.advantages:
         lines.append(f"  advantages: {fn.advantages}")
-    for heading in ("Differs", "Failure modes", "Use when"):
+    for heading in ("Differs", "Use when", "Failure modes"):
         if parts.get(heading):
             lines += ["", heading, *_indent(parts[heading])]
     if fn.notes or fn.rises_at_start:

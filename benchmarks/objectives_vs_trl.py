@@ -1,0 +1,423 @@
+"""The same twenty steps through steerwell and through TRL 1.16, for every loss that both have.
+
+    python benchmarks/objectives_vs_trl.py --peer PYTHON
+    python benchmarks/objectives_vs_trl.py --peer PYTHON --only dpo kto
+
+PYTHON is the interpreter of an environment with TRL (benchmarks/README.md says how to make it); it may be
+given as STEERWELL_PEER_PYTHON instead. Both sides start from the same tiny GPT-2 in float64 (an architecture without
+float32 islands) and see the same token ids in the same order under the same AdamW. The losses of all steps
+must agree within a relative difference of 1e-6, or the script fails. steerwell's side is its public ``train``, TRL's
+are its own trainers with their loss code untouched (``peers/trl_objectives.py`` says what is replaced around it).
+
+Where the two name a hyperparameter differently, or mean something else by it, the case says how one maps to the
+other. Losses that differ by design are listed with the reason, and are not compared.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any, NamedTuple
+
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE))
+if (HERE.parent / "src" / "steerwell").is_dir():
+    sys.path.insert(0, str(HERE.parent / "src"))
+
+from machine import machine  # noqa: E402
+from synthetic import END, FIRST_WORD, PAD, as_groups, save_json, word_tokenizer  # noqa: E402
+
+TOLERANCE = 1e-6
+STEPS, BATCH, VOCAB = 20, 8, 96
+LEARNING_RATE, BETAS, MAX_GRAD_NORM = 2e-3, (0.9, 0.999), 1.0
+DEFAULT_OUT = HERE / "results" / "objectives_vs_trl.json"
+
+
+class Case(NamedTuple):
+    """One loss on both sides. ``data`` is "ragged" (lengths differ) or "even" (see :func:`make_data`)."""
+
+    name: str
+    ours: Any  # an objective's name or a mixture
+    hyper: dict[str, Any]
+    trainer: str  # dpo, kto, cpo, orpo, reward
+    settings: dict[str, Any]
+    note: str = ""
+    data: str = "ragged"
+    batch_size: int = BATCH
+
+
+def dpo_case(name: str, ours: Any, hyper: dict[str, Any], note: str = "", **settings: Any) -> Case:
+    """A case of TRL's DPOTrainer."""
+    return Case(name, ours, hyper, "dpo", settings, note)
+
+
+CASES = (
+    dpo_case("dpo", "dpo", {"beta": 0.1}, loss_type="sigmoid", beta=0.1),
+    Case(
+        "dpo with label_smoothing (cDPO)",
+        "dpo",
+        {"beta": 0.1, "label_smoothing": 0.1},
+        "dpo",
+        {"loss_type": "aot", "beta": 0.1, "label_smoothing": 0.1},
+        "steps of one pair: TRL's sigmoid loss takes label_smoothing and leaves it out, its aot loss of a single "
+        "pair is cDPO",
+        batch_size=1,
+    ),
+    dpo_case(
+        "robust_dpo",
+        "robust_dpo",
+        {"beta": 0.1, "flip_rate": 0.1},
+        "flip_rate is TRL's label_smoothing",
+        loss_type="robust",
+        beta=0.1,
+        label_smoothing=0.1,
+    ),
+    dpo_case("hinge", "hinge", {"beta": 0.1}, loss_type="hinge", beta=0.1),
+    dpo_case("ipo", "ipo", {"tau": 0.1}, "tau is TRL's beta", loss_type="ipo", beta=0.1),
+    dpo_case(
+        "exo_pair",
+        "exo_pair",
+        {"beta": 0.1, "epsilon": 1e-3},
+        "epsilon is TRL's label_smoothing; TRL makes it a float32 number",
+        loss_type="exo_pair",
+        beta=0.1,
+        label_smoothing=1e-3,
+    ),
+    dpo_case("nca_pair", "nca_pair", {"beta": 0.01}, loss_type="nca_pair", beta=0.01),
+    dpo_case("bco_pair", "bco_pair", {"beta": 0.1, "delta": 0.0}, loss_type="bco_pair", beta=0.1),
+    dpo_case(
+        "sppo",
+        "sppo",
+        {"eta": 100.0},
+        "eta is 1 / TRL's beta; hard win rates on both sides",
+        loss_type="sppo_hard",
+        beta=0.01,
+    ),
+    dpo_case("aot", "aot", {"beta": 0.1}, loss_type="aot", beta=0.1),
+    dpo_case("aot_unpaired", "aot_unpaired", {"beta": 0.1}, loss_type="aot_unpaired", beta=0.1),
+    dpo_case("apo_zero", "apo_zero", {"beta": 0.1}, loss_type="apo_zero", beta=0.1),
+    dpo_case("apo_down", "apo_down", {"beta": 0.1}, loss_type="apo_down", beta=0.1),
+    dpo_case(
+        "discopop",
+        "discopop",
+        {"beta": 0.05, "tau": 0.05},
+        loss_type="discopop",
+        beta=0.05,
+        discopop_tau=0.05,
+    ),
+    dpo_case("sft", "sft", {}, "TRL's sft loss inside DPOTrainer: the chosen side", loss_type="sft"),
+    dpo_case("ln_dpo", "ln_dpo", {"beta": 5.0}, "TRL: sigmoid_norm", loss_type="sigmoid_norm", beta=5.0),
+    dpo_case(
+        "ld_dpo", "ld_dpo", {"beta": 0.1, "alpha": 0.5}, "alpha is TRL's ld_alpha", beta=0.1, ld_alpha=0.5
+    ),
+    dpo_case(
+        "wpo", "wpo", {"beta": 0.1}, "TRL: use_weighting", loss_type="sigmoid", beta=0.1, use_weighting=True
+    ),
+    *(
+        dpo_case(
+            f"f_dpo, {ours}",
+            "f_dpo",
+            {"beta": 0.1, "divergence": ours},
+            loss_type="sigmoid",
+            beta=0.1,
+            f_divergence_type=theirs,
+        )
+        for ours, theirs in (("forward_kl", "forward_kl"), ("js", "js_divergence"))
+    ),
+    dpo_case(
+        "f_dpo, alpha",
+        "f_dpo",
+        {"beta": 0.1, "divergence": "alpha", "alpha": 0.3},
+        "the paper's alpha is 1 less TRL's coefficient; TRL computes this divergence in float32",
+        loss_type="sigmoid",
+        beta=0.1,
+        f_divergence_type="alpha_divergence",
+        f_alpha_divergence_coef=0.7,
+    ),
+    dpo_case(
+        "RPO: dpo and sft",
+        [["dpo", 1.0], ["sft", 0.5]],
+        {"beta": 0.1},
+        loss_type=["sigmoid", "sft"],
+        loss_weights=[1.0, 0.5],
+        beta=0.1,
+    ),
+    dpo_case(
+        "MPO: dpo, bco_pair and sft",
+        [["dpo", 0.8, {"beta": 0.1}], ["bco_pair", 0.2, {"beta": 0.1}], ["sft", 1.0]],
+        {},
+        loss_type=["sigmoid", "bco_pair", "sft"],
+        loss_weights=[0.8, 0.2, 1.0],
+        beta=0.1,
+    ),
+    Case("kto", "kto", {"beta": 0.1}, "kto", {"loss_type": "kto", "beta": 0.1}),
+    Case(
+        "kto with weights",
+        "kto",
+        {"beta": 0.1, "desirable_weight": 1.0, "undesirable_weight": 1.3},
+        "kto",
+        {"loss_type": "kto", "beta": 0.1, "desirable_weight": 1.0, "undesirable_weight": 1.3},
+    ),
+    Case(
+        "apo_zero, unpaired",
+        [["apo_zero", 0.5]],
+        {"beta": 0.1},
+        "kto",
+        {"loss_type": "apo_zero_unpaired", "beta": 0.1},
+        "TRL's mean is over completions, ours over pairs: half the weight",
+    ),
+    Case(
+        "cpo",
+        "cpo",
+        {"beta": 0.1, "alpha": 1.0},
+        "cpo",
+        {"loss_type": "sigmoid", "beta": 0.1, "cpo_alpha": 1.0},
+        "chosen completions of one length: TRL's imitation term is a mean over the batch's tokens",
+        data="even",
+    ),
+    Case(
+        "simpo",
+        "simpo",
+        {"beta": 2.5, "gamma": 1.375},
+        "cpo",
+        {"loss_type": "simpo", "beta": 2.5, "simpo_gamma": 1.375, "cpo_alpha": 0.0},
+    ),
+    Case(
+        "alpha_po",
+        "alpha_po",
+        {"beta": 2.5, "gamma": 0.1, "alpha": 0.25},
+        "cpo",
+        {"loss_type": "simpo", "alpha": 0.25, "beta": 2.5, "simpo_gamma": 0.1, "cpo_alpha": 0.0},
+        "TRL: CPOTrainer with alpha",
+    ),
+    Case(
+        "orpo",
+        "orpo",
+        {"lam": 0.1},
+        "orpo",
+        {"beta": 0.1},
+        "lam is TRL's beta; prompts of one token, as TRL's imitation term covers the prompt too, and chosen "
+        "completions of one length, as it is a mean over the batch's tokens; TRL computes the odds in float32",
+        data="even",
+    ),
+    Case("bradley_terry", "bradley_terry", {}, "reward", {}),
+    Case(
+        "bradley_terry, centred",
+        "bradley_terry",
+        {"centering": 0.01},
+        "reward",
+        {"center_rewards_coefficient": 0.01},
+    ),
+)
+
+BY_DESIGN = {
+    "sigmoid with label_smoothing": "TRL 1.16 accepts label_smoothing with loss_type sigmoid and ignores it",
+    "sigmoid with beta as a list, or several losses with betas of their own": "TRL has one beta for all losses",
+}
+
+
+def main() -> None:
+    args = arguments()
+    cases = [case for case in CASES if not args.only or case.name.split(",")[0].split(" ")[0] in args.only]
+    with tempfile.TemporaryDirectory(prefix="objectives-vs-trl-") as work:
+        result = compare(cases, args.peer, Path(work))
+    for name, row in result["cases"].items():
+        print(f"{name:32} {row.get('largest_relative_difference', row.get('not_compared'))}")
+    if not args.only:
+        save_json(args.out, result)
+    failed = [
+        n for n, row in result["cases"].items() if row.get("largest_relative_difference", 0) > TOLERANCE
+    ]
+    missing = [name for name, row in result["cases"].items() if "not_compared" in row]
+    if failed or missing:
+        sys.exit(
+            f"beyond {TOLERANCE:g}: {', '.join(failed) or 'none'}; not compared: {', '.join(missing) or 'none'}"
+        )
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--peer", default=os.environ.get("STEERWELL_PEER_PYTHON"), help="interpreter of TRL's environment")
+    add("--only", nargs="+", help="first words of the cases to run; writes no result file")
+    add("--out", type=Path, default=DEFAULT_OUT, help="result file")
+    args = parser.parse_args()
+    if not args.peer:
+        parser.error("give --peer PYTHON, the interpreter of an environment with TRL (see README.md)")
+    return args
+
+
+def make_data(kind: str, seed: int = 3) -> list[list[list[int]]]:
+    """Rows [prompt, chosen, rejected] of token ids. "ragged": lengths of 3 to 12. "even": prompts of one token and
+    chosen completions of six, so that means over tokens and means over completions agree.
+    """
+    import numpy as np
+
+    draw = np.random.default_rng(seed)
+
+    def ids(n: int) -> list[int]:
+        return draw.integers(FIRST_WORD, VOCAB, n).tolist()
+
+    def length() -> int:
+        return int(draw.integers(3, 13))
+
+    if kind == "even":
+        return [[ids(1), ids(6), ids(length())] for _ in range(STEPS * BATCH)]
+    return [[ids(length()), ids(length()), ids(length())] for _ in range(STEPS * BATCH)]
+
+
+def write_models(folder: Path) -> None:
+    """The two start models, in float64: a language model, and a classifier with one label."""
+    import torch
+    from transformers import GPT2Config, GPT2ForSequenceClassification, GPT2LMHeadModel
+
+    config = GPT2Config(
+        vocab_size=VOCAB,
+        n_positions=64,
+        n_embd=32,
+        n_layer=2,
+        n_head=4,
+        resid_pdrop=0.0,
+        embd_pdrop=0.0,
+        attn_pdrop=0.0,
+        initializer_range=0.1,
+        bos_token_id=None,
+        eos_token_id=END,
+        pad_token_id=PAD,
+        num_labels=1,
+    )
+    for name, kind in (("policy", GPT2LMHeadModel), ("reward", GPT2ForSequenceClassification)):
+        torch.manual_seed(0)
+        kind(config).double().save_pretrained(folder / name)
+        word_tokenizer(VOCAB).save_pretrained(folder / name)
+
+
+def compare(cases: list[Case], peer: str, work: Path) -> dict[str, Any]:
+    """Both sides of every case, and how far apart they are."""
+    import torch
+    import transformers
+
+    import steerwell as sw
+    from steerwell.train.sources import epoch_order
+
+    torch.set_num_threads(1)
+    rows = {kind: make_data(kind) for kind in ("ragged", "even")}
+    order = epoch_order(STEPS * BATCH, 0, 0)
+    for kind, those in rows.items():
+        save_json(work / f"rows-{kind}.json", [those[i] for i in order])
+    write_models(work)
+    theirs = of_trl(cases, peer, work)
+    found: dict[str, Any] = {}
+    for number, case in enumerate(cases):
+        row: dict[str, Any] = {
+            "steerwell": {"objective": case.ours, **case.hyper},
+            "trl": {"trainer": case.trainer, **case.settings},
+        }
+        row |= {"note": case.note} if case.note else {}
+        row |= differences(of_steerwell(case, rows[case.data], work, number), theirs["cases"][case.name])
+        found[case.name] = row
+    return {
+        "machine": machine(),
+        "versions": {
+            "steerwell": {
+                "steerwell": sw.__version__,
+                "torch": torch.__version__,
+                "transformers": transformers.__version__,
+            },
+            "trl": theirs["versions"],
+        },
+        "settings": {
+            "steps": STEPS,
+            "batch_size": BATCH,
+            "learning_rate": LEARNING_RATE,
+            "betas": BETAS,
+            "max_grad_norm": MAX_GRAD_NORM,
+            "dtype": "float64",
+            "tolerance": TOLERANCE,
+        },
+        "cases": found,
+        "differ_by_design": BY_DESIGN,
+    }
+
+
+def of_trl(cases: list[Case], peer: str, work: Path) -> dict[str, Any]:
+    """TRL's losses of all cases, from one process of the peer's interpreter."""
+    save_json(
+        work / "task.json",
+        {
+            "steps": STEPS,
+            "learning_rate": LEARNING_RATE,
+            "betas": BETAS,
+            "max_grad_norm": MAX_GRAD_NORM,
+            "cases": [case._asdict() for case in cases],
+        },
+    )
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_DATASETS_CACHE": str(work / "datasets")}
+    environment.pop("PYTHONPATH", None)
+    command = [peer, str(HERE / "peers" / "trl_objectives.py"), str(work)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    if done.returncode:
+        sys.exit(f"trl failed:\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}")
+    return json.loads((work / "result-trl.json").read_text())
+
+
+def of_steerwell(case: Case, rows: list[list[list[int]]], work: Path, number: int) -> dict[str, Any]:
+    """The losses of our own training of a case, or why there are none."""
+    import torch
+
+    import steerwell as sw
+    from steerwell.train.loop import train
+
+    reward = case.trainer == "reward"
+    start = (sw.load_reward_model if reward else sw.load_policy)(
+        work / ("reward" if reward else "policy"), dtype=torch.float64
+    )
+    out = work / f"out-{number}"
+    try:
+        train(
+            start,
+            as_groups(rows, "kto" if case.ours == "kto" else "reward" if reward else "dpo"),
+            case.ours,
+            out=out,
+            learning_rate=LEARNING_RATE,
+            steps=STEPS,
+            batch_size=case.batch_size,
+            schedule="constant",
+            warmup=0.0,
+            weight_decay=0.0,
+            betas=BETAS,
+            max_grad_norm=MAX_GRAD_NORM,
+            seed=0,
+            reference_cache="off",
+            checkpoint_every=10**9,
+            **case.hyper,
+        )
+    except sw.InputError as error:
+        return {"error": str(error)}
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    return {"losses": [line["loss"] for line in lines if "loss" in line]}
+
+
+def differences(ours: dict[str, Any], theirs: dict[str, Any]) -> dict[str, Any]:
+    """How far the per-step losses lie apart, relative to TRL's."""
+    for side, one in (("steerwell", ours), ("trl", theirs)):
+        if "error" in one:
+            return {"not_compared": f"{side}: {one['error']}"}
+    pairs = list(zip(ours["losses"], theirs["losses"], strict=True))
+    return {
+        "largest_relative_difference": float(f"{max(abs(a - b) / abs(b) for a, b in pairs):.2g}"),
+        "first_loss": pairs[0][0],
+        "last_loss": pairs[-1][0],
+        "steps": len(pairs),
+    }
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,155 @@
+"""TRL's side of objectives_vs_trl.py: run by the interpreter of the peer's environment, with a folder as argument.
+
+The folder holds ``task.json`` (the cases), the rows of each data set as token ids in the order of training, and
+the two start models. Loss code, collators, training loop and optimizer are TRL's as they are. Its fused head
+computes in float32, so it is replaced by the plain one, which computes in the model's own float64; that is what
+makes differences of 1e-6 mean something.
+"""
+
+import inspect
+import json
+import sys
+import tempfile
+import types
+import warnings
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+import torch
+import transformers
+import trl
+from torch.utils.data import SequentialSampler
+from trl.experimental.cpo import CPOConfig, CPOTrainer
+from trl.experimental.orpo import ORPOConfig, ORPOTrainer
+from trl.trainer import dpo_trainer, kto_trainer
+from trl.trainer.utils import FusedCausalLMOutput
+from trl_side import dataset
+
+TRAINERS = {
+    "dpo": (trl.DPOTrainer, trl.DPOConfig),
+    "kto": (trl.KTOTrainer, trl.KTOConfig),
+    "cpo": (CPOTrainer, CPOConfig),
+    "orpo": (ORPOTrainer, ORPOConfig),
+    "reward": (trl.RewardTrainer, trl.RewardConfig),
+}
+
+
+def plain_head(model, temperature=1.0, cast_lm_head_to_fp32=False, outputs=("log_probs",)):
+    """What ``trl.trainer.utils.add_fused_lm_head`` adds, from whole logits in the model's dtype."""
+    original = model.forward
+
+    def forward(self, *args, fused_lm_head=False, labels=None, **kwargs):
+        if not fused_lm_head:
+            return original(*args, **({} if labels is None else {"labels": labels}), **kwargs)
+        logits = original(*args, **kwargs).logits[:, :-1] / temperature
+        mask = labels[:, 1:] != -100
+        wanted = labels[:, 1:].clamp(min=0)
+        logps = logits.log_softmax(-1)
+        with torch.no_grad():
+            p = logps.exp()
+            entropy = -(p * logps).sum(-1).masked_fill(~mask, 0)
+            sum_sq = p.square().sum(-1).log().masked_fill(~mask, 0)
+            mean, top = logits.mean(-1).masked_fill(~mask, 0), (logits.argmax(-1) == wanted) & mask
+        picked = logps.gather(-1, wanted[..., None])[..., 0].masked_fill(~mask, 0)
+        return FusedCausalLMOutput(
+            loss=-picked.sum() / mask.sum().clamp(min=1),
+            log_probs=picked,
+            entropy=entropy,
+            log_sum_sq_probs=sum_sq,
+            mean_logits=mean,
+            is_top1=top,
+            label_mask=mask,
+        )
+
+    forward.__signature__ = inspect.signature(original)
+    model.forward = types.MethodType(forward, model)
+
+
+dpo_trainer.add_fused_lm_head = plain_head
+kto_trainer.add_fused_lm_head = plain_head
+
+
+def settings(task, case, folder):
+    batch = case["batch_size"]
+    chosen = {
+        "output_dir": str(folder),
+        "per_device_train_batch_size": 2 * batch if case["trainer"] == "kto" else batch,
+        "max_steps": task["steps"],
+        "learning_rate": task["learning_rate"],
+        "lr_scheduler_type": "constant",
+        "warmup_steps": 0,
+        "weight_decay": 0.0,
+        "adam_beta1": task["betas"][0],
+        "adam_beta2": task["betas"][1],
+        "adam_epsilon": 1e-8,
+        "max_grad_norm": task["max_grad_norm"],
+        "optim": "adamw_torch",
+        "bf16": False,
+        "use_cpu": True,
+        "gradient_checkpointing": False,
+        "logging_strategy": "no",
+        "save_strategy": "no",
+        "report_to": [],
+        "disable_tqdm": True,
+        "dataloader_pin_memory": False,
+        "seed": 0,
+        "max_length": None,
+    }
+    if case["trainer"] == "kto":
+        chosen["train_sampling_strategy"] = "sequential"
+    return {**chosen, **case["settings"]}
+
+
+def run(task, case, folder):
+    """The losses of one case, one per step."""
+    rows = json.loads((folder / f"rows-{case['data']}.json").read_text())
+    kind, size = case["trainer"], case["batch_size"]
+    if kind == "kto":
+        data = dataset("kto", [rows[i : i + size] for i in range(0, len(rows), size)])
+    else:
+        data = dataset("reward" if kind == "reward" else "dpo", rows)
+    if "margins" in case:
+        data = data.add_column("margin", case["margins"])
+    make = (
+        transformers.AutoModelForSequenceClassification
+        if kind == "reward"
+        else transformers.AutoModelForCausalLM
+    )
+    start = folder / ("reward" if kind == "reward" else "policy")
+    model = make.from_pretrained(start, dtype=torch.float64)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(start)
+    trainer_class, config_class = TRAINERS[kind]
+    losses = []
+
+    class Watched(trainer_class):
+        def _get_train_sampler(self, *args, **kwargs):
+            return SequentialSampler(self.train_dataset)
+
+        def training_step(self, *args, **kwargs):
+            loss = super().training_step(*args, **kwargs)
+            losses.append(float(loss))
+            return loss
+
+    with tempfile.TemporaryDirectory() as out, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        config = config_class(**settings(task, case, out))
+        Watched(model=model, args=config, train_dataset=data, processing_class=tokenizer).train()
+    return losses
+
+
+def main(folder: Path) -> None:
+    task = json.loads((folder / "task.json").read_text())
+    found = {}
+    for case in task["cases"]:
+        try:
+            found[case["name"]] = {"losses": run(task, case, folder)}
+        except (ValueError, TypeError, RuntimeError, KeyError, AttributeError) as error:
+            found[case["name"]] = {"error": f"{type(error).__name__}: {error}"[:500]}
+        print(case["name"], flush=True)
+    versions = {"trl": trl.__version__, "torch": torch.__version__, "transformers": transformers.__version__}
+    (folder / "result-trl.json").write_text(json.dumps({"versions": versions, "cases": found}))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
