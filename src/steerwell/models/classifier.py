@@ -11,6 +11,7 @@ from torch import nn
 from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
 from steerwell.data.errors import InputError
+from steerwell.models.encoder import is_encoder
 from steerwell.models.forward import adopt
 
 
@@ -41,10 +42,11 @@ def classifier_on(source: PreTrainedModel, pad_id: int, path: str | None = None)
 
 
 def check_classifier(model: Any, path: str | Path | None) -> None:
-    """Raise :class:`InputError` unless the model has one label and a linear head called ``score``."""
-    if getattr(model.config, "num_labels", None) != 1 or not isinstance(
-        getattr(model, "score", None), nn.Linear
-    ):
+    """Raise :class:`InputError` unless the model has one label and a linear head: one called ``score``, or that of
+    an encoder (:func:`steerwell.models.encoder.output_layer`).
+    """
+    linear = is_encoder(model.config) or isinstance(getattr(model, "score", None), nn.Linear)
+    if getattr(model.config, "num_labels", None) != 1 or not linear:
         raise InputError(
             f"{type(model).__name__} with {model.config.num_labels} labels is not a reward model",
             file=path,

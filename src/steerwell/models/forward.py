@@ -22,11 +22,12 @@ from steerwell.models.attention import (
     use_steerwell_attention,
 )
 from steerwell.models.batch import Batch, padded, tree
+from steerwell.models.encoder import encoder_outputs, is_encoder
 from steerwell.models.head import Head, head, token_logps
 from steerwell.models.render import Sequence, TokenizedGroup
 from steerwell.models.sharding import inside
 
-Pooling = Literal["last", "mean"]
+Pooling = Literal["last", "mean", "cls"]
 
 
 def per_token_logps(
@@ -55,12 +56,15 @@ def reward_scores(model: nn.Module, batch: Batch, pooling: Pooling = "last") -> 
     """Raw scores of a sequence classifier with one label, (N,) in fp32, differentiable.
 
     ``last`` reads the hidden state of each completion's last token (as ``transformers`` does), ``mean`` the
-    mean over its scored tokens.
+    mean over its scored tokens. Encoders take ``cls`` and ``mean``: see
+    :func:`steerwell.models.encoder.encoder_outputs`.
     """
     return inside(model, _scores, model, batch, pooling)
 
 
 def _scores(model: nn.Module, batch: Batch, pooling: Pooling) -> Tensor:
+    if is_encoder(unwrap(model).config):
+        return encoder_outputs(unwrap(model), batch, pooling)[:, 0].clone()
     hidden = hidden_states(model, batch)
     if pooling == "last":
         pooled = hidden.index_select(0, batch.last)

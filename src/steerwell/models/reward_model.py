@@ -9,9 +9,9 @@ import copy
 import hashlib
 import json
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from transformers import AutoModelForSequenceClassification, PreTrainedTokenizerBase
@@ -28,28 +28,62 @@ from steerwell.models.adapters import (
     without_adapter,
 )
 from steerwell.models.classifier import check_classifier, classifier_on
-from steerwell.models.directory import read_json, remembered_digest, save_directory
+from steerwell.models.directory import model_place, read_json, remembered_digest, save_directory
+from steerwell.models.encoder import positions, train_what_is_read
 from steerwell.models.forward import Pooling, reward_scores
-from steerwell.models.load import MAX_TOKENS, Policy, by_group, evaluating, load_parts, name_of
+from steerwell.models.load import (
+    MAX_TOKENS,
+    Policy,
+    by_group,
+    encoder_config,
+    evaluating,
+    load_parts,
+    name_of,
+    unwrap,
+)
+from steerwell.models.load_encoder import load_encoder
+from steerwell.models.pairs import tokenize_pairs
 from steerwell.models.render import TokenizedGroup, ending, tokenize_groups
 
 SCORING_FILE = "steerwell_scoring.json"
-POOLINGS = ("last", "mean")
+POOLINGS = ("last", "mean", "cls")
+Template = Literal["chat", "pair"]
+TEMPLATES = ("chat", "pair")
 
 
 @dataclass(frozen=True)
 class ScoringRecipe:
-    """How raw outputs become scores: which states are read, and ``(raw - mean) / std``."""
+    """How texts become tokens, which states are read, and how raw outputs become scores: ``(raw - mean) / std``.
+
+    ``template``: ``chat`` is the tokenizer's chat template, ``pair`` the two texts of an encoder
+    (:mod:`steerwell.models.pairs`), together at most ``max_length`` tokens long (None: as many as the model reads).
+    """
 
     pooling: Pooling = "last"
     mean: float = 0.0
     std: float = 1.0
+    template: Template = "chat"
+    max_length: int | None = None
 
     def __post_init__(self) -> None:
         if self.pooling not in POOLINGS:
             raise InputError(f"unknown pooling {self.pooling!r}", mend=nearest(str(self.pooling), POOLINGS))
+        if self.template not in TEMPLATES:
+            raise InputError(f"unknown template {self.template!r}", mend=nearest(self.template, TEMPLATES))
+        other = {"chat": "cls", "pair": "last"}[self.template]
+        if self.pooling == other:
+            whose = "encoders" if other == "cls" else "decoders, which read from left to right"
+            left = " or ".join(name for name in POOLINGS if name != other)
+            raise InputError(f"pooling {other!r} is for {whose}", mend=f"Use {left}.")
+        if self.max_length is not None and self.template == "chat":
+            raise InputError("max_length of a scoring recipe is for encoders", mend="Leave it out.")
         if not self.std > 0:
             raise InputError(f"the scale of scores must be positive, got {self.std}", mend="Use std=1.0.")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON; what encoders need is left out of other models' recipes, as it always was."""
+        kept = {field.name: getattr(self, field.name) for field in fields(self)}
+        return kept if self.template == "pair" else {k: kept[k] for k in ("pooling", "mean", "std")}
 
 
 @dataclass(eq=False)
@@ -83,6 +117,40 @@ class RewardModel:
         whole: Any = model if adapter is None else add_adapter(model, adapter)
         return cls(whole, policy.tokenizer, ScoringRecipe(pooling), name or f"{policy.name}-reward")
 
+    @classmethod
+    def from_encoder(
+        cls,
+        path: str | Path,
+        *,
+        pooling: Pooling = "cls",
+        max_length: int | None = None,
+        lora: int | None = None,
+        adapter: AdapterKind = "lora",
+        lora_alpha: float | None = None,
+        lora_targets: Iterable[str] | None = None,
+        device: str | torch.device | None = None,
+        dtype: str | torch.dtype | None = None,
+        name: str | None = None,
+    ) -> RewardModel:
+        """A new reward model on an encoder (BERT, RoBERTa, DeBERTa, ModernBERT, a model of sentence-transformers).
+
+        It reads a prompt and a completion as a pair of texts of at most ``max_length`` tokens
+        (:func:`steerwell.models.pairs.tokenize_pairs`). ``pooling`` is ``cls``, the model's own way to an output, or
+        ``mean``, the mean over the completion's tokens. Its output layer is close to zero, always the same. With
+        ``lora`` an adapter and the head are trained, and nothing else.
+
+        Raises :class:`InputError` for a model that is no encoder, and as
+        :func:`steerwell.models.load_encoder.load_encoder` does.
+        """
+        asked = asked_adapter(lora, adapter, lora_alpha, lora_targets)
+        recipe = ScoringRecipe(pooling, template="pair", max_length=max_length)
+        if encoder_config(model_place(path)) is None:
+            raise InputError("this is no encoder", file=path, mend="Use from_policy with a language model.")
+        model, tokenizer = load_encoder(path, device, dtype, asked, outputs=1)
+        train_what_is_read(model, pooling)
+        whole: Any = model if asked is None else add_adapter(model, asked)
+        return cls(whole, tokenizer, recipe, name or f"{name_of(path)}-reward", str(path))
+
     @property
     def device(self) -> torch.device:
         """Where the weights are."""
@@ -91,14 +159,23 @@ class RewardModel:
     def digest(self) -> str:
         """Identity of the weights and the recipe."""
         self._digest = remembered_digest(self.model, self._digest)
-        words = json.dumps(asdict(self.recipe), sort_keys=True)
+        words = json.dumps(self.recipe.to_dict(), sort_keys=True)
         return hashlib.blake2b((self._digest[1] + words).encode(), digest_size=12).hexdigest()
 
     def tokenize(
         self, groups: Iterable[CompletionGroup], max_length: int | None = None
     ) -> list[TokenizedGroup]:
-        """Token ids of groups; see :func:`steerwell.models.render.tokenize_groups`."""
+        """Token ids of groups; see :func:`steerwell.models.render.tokenize_groups`, and for a recipe of pairs
+        :func:`steerwell.models.pairs.tokenize_pairs`.
+        """
+        if self.recipe.template == "pair":
+            return tokenize_pairs(self.tokenizer, groups, self.limit(max_length))
         return tokenize_groups(self.tokenizer, groups, max_length)
+
+    def limit(self, max_length: int | None = None) -> int | None:
+        """The tokens that a pair may have: the least of what is asked for, the recipe's and what the encoder reads."""
+        limits = (max_length, self.recipe.max_length, positions(unwrap(self.model)))
+        return min((n for n in limits if n is not None), default=None)
 
     @torch.no_grad()
     def score(self, groups: Iterable[CompletionGroup], *, max_tokens: int = MAX_TOKENS) -> list[list[float]]:
@@ -114,7 +191,7 @@ class RewardModel:
 
     def save(self, path: str | Path) -> Path:
         """Write a complete model directory with its scoring recipe; see :meth:`Policy.save`."""
-        recipe = json.dumps({"version": 1, **asdict(self.recipe)}, indent=2) + "\n"
+        recipe = json.dumps({"version": 1, **self.recipe.to_dict()}, indent=2) + "\n"
         return save_directory(merged(self.model), self.tokenizer, Path(path), {SCORING_FILE: recipe})
 
     def copy(self) -> RewardModel:
@@ -135,7 +212,8 @@ def load_reward_model(
     dtype: str | torch.dtype | None = None,
     name: str | None = None,
 ) -> RewardModel:
-    """Load a reward model: a sequence classifier with one label. Without a recipe it reads the last token.
+    """Load a reward model: a sequence classifier with one label. Without a recipe it reads the last token, and on an
+    encoder a pair of texts in the model's own way.
 
     With ``lora`` a new adapter and the head are trained, and nothing else; see :func:`load_policy`.
 
@@ -152,14 +230,24 @@ def load_reward_model(
                 file=path,
                 mend='Train one from it: a recipe with objective = "bradley_terry".',
             )
-    recipe = ScoringRecipe()
+    encoder = encoder_config(path) is not None
+    recipe = ScoringRecipe("cls", template="pair") if encoder else ScoringRecipe()
     if (local / SCORING_FILE).is_file():
         given = {k: v for k, v in read_json(local / SCORING_FILE).items() if k != "version"}
         try:
             recipe = ScoringRecipe(**given)
         except TypeError as error:
             raise InputError(f"not a scoring recipe ({error})", file=local / SCORING_FILE) from error
-    model, tokenizer = load_parts(AutoModelForSequenceClassification, path, device, dtype, asked)
+    if encoder != (recipe.template == "pair"):
+        raise InputError(
+            f"the template of an encoder is pair, that of a decoder chat, and this is {recipe.template}",
+            file=local / SCORING_FILE,
+        )
+    if encoder:
+        model, tokenizer = load_encoder(path, device, dtype, asked)
+        train_what_is_read(model, recipe.pooling)
+    else:
+        model, tokenizer = load_parts(AutoModelForSequenceClassification, path, device, dtype, asked)
     check_classifier(model, path)
     whole: Any = model if asked is None else add_adapter(model, asked)
     return RewardModel(whole, tokenizer, recipe, name or name_of(path), str(path))

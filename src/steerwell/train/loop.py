@@ -217,7 +217,8 @@ def _refuse_unused(
 def _train(policy: Any, order: _Order, folder: RunDir, ranks: Ranks) -> Model:
     reward = order.terms[0].kind == "reward"
     owned = isinstance(policy, str | Path)
-    given: Model = ranks.together(lambda: load_model(policy, reward, order.adapter)) if owned else policy
+    asked = order.adapter, order.config
+    given: Model = ranks.together(lambda: load_model(policy, reward, *asked)) if owned else policy
     config = completed(order.config, order.terms, given)
     start = start_digest(given)
     data = _prepared(order, order.groups, given, config, ItemFile(folder.path))
@@ -380,6 +381,7 @@ def _prepared(
     """
     if not groups:
         return Prepared([], {})
+    reader = given if isinstance(given, RewardModel) and given.recipe.template == "pair" else None
     data = prepare(
         groups,
         order.terms,
@@ -389,13 +391,17 @@ def _prepared(
         order.progress,
         into=into,
         context=context_of(given.model),
+        reader=reader,
     )
-    stops = given.stop_ids if isinstance(given, Policy) else stop_tokens(given.tokenizer)
-    ends = check_ends(data.items, given.tokenizer, stops, learns=order.terms[0].kind != "reward")
-    notes = [*data.about["notes"], *ends.pop("notes")]
+    notes, about = list(data.about["notes"]), dict(data.about)
+    if reader is None:  # an encoder's pairs end with no turn
+        stops = given.stop_ids if isinstance(given, Policy) else stop_tokens(given.tokenizer)
+        ends = check_ends(data.items, given.tokenizer, stops, learns=order.terms[0].kind != "reward")
+        notes += ends.pop("notes")
+        about["ends"] = ends
     if notes and order.progress is not None:
         order.progress("data", len(data.items), len(data.items), "; ".join(notes))
-    return Prepared(data.items, {**data.about, "ends": ends, "notes": notes})
+    return Prepared(data.items, {**about, "notes": notes})
 
 
 def context_of(model: Any) -> int | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +13,8 @@ from steerwell.data.errors import InputError
 from steerwell.data.messages import digest
 from steerwell.models.adapters import Adapter, fresh_adapter, scalings, settings_of
 from steerwell.models.directory import model_place
-from steerwell.models.load import Policy, load_policy, weights_digest
-from steerwell.models.reward_model import RewardModel, load_reward_model
+from steerwell.models.load import Policy, encoder_config, load_policy, weights_digest
+from steerwell.models.reward_model import RewardModel, ScoringRecipe, load_reward_model
 from steerwell.models.sharding import shard, skeleton
 from steerwell.train.config import LEARNING_RATES, LORA_FACTOR, TrainConfig
 from steerwell.train.precision import dtype_of, in_dtype, keep_fine, resolved_dtype
@@ -26,12 +26,24 @@ from steerwell.train.terms import Term
 Model = Policy | RewardModel
 
 
-def load_model(path: str | Path, reward: bool, adapter: Adapter | None = None) -> Model:
-    """A model from its directory, or from a run directory (its ``model``)."""
+def load_model(
+    path: str | Path, reward: bool, adapter: Adapter | None = None, asked: TrainConfig | None = None
+) -> Model:
+    """A model from its directory, or from a run directory (its ``model``). A bare encoder comes as a new reward
+    model, read as ``asked`` says.
+    """
     place = model_place(path)
     config = Path(place) / "config.json"
     if reward and config.is_file() and "ForSequenceClassification" in config.read_text("utf-8"):
         return load_reward_model(place, **settings_of(adapter))
+    if reward and encoder_config(place) is not None:
+        named = asked is not None and "pooling" in asked.model_fields_set
+        return RewardModel.from_encoder(
+            place,
+            pooling=asked.pooling if asked is not None and named else "cls",
+            max_length=None if asked is None else asked.max_length,
+            **settings_of(adapter),
+        )
     return load_policy(place, **settings_of(adapter))
 
 
@@ -41,6 +53,10 @@ def completed(config: TrainConfig, terms: Sequence[Term], given: Model) -> Train
     """
     dtype = resolved_dtype(config.dtype, given.device, dtype_of(given.model))
     found: dict[str, Any] = {"dtype": str(dtype).removeprefix("torch.")}
+    if isinstance(given, RewardModel) and given.recipe.template == "pair":
+        found["pooling"] = given.recipe.pooling
+    elif config.pooling == "cls":
+        ScoringRecipe("cls")  # says whose it is
     if config.learning_rate is None:
         factor = LORA_FACTOR if hasattr(given.model, "peft_config") else 1.0
         found["learning_rate"] = LEARNING_RATES[_kind(terms)] * factor
@@ -65,7 +81,7 @@ def start_digest(given: Model) -> str:
     rest = [(name, p) for name, p in given.model.named_parameters() if "lora_" not in name]
     shapes = [[n, list(p.shape)] for n, p in given.model.named_parameters() if "lora_" in n]
     plain = {f"p{i:06d}": parameter.detach() for i, (_, parameter) in enumerate(rest)}
-    recipe = asdict(given.recipe) if isinstance(given, RewardModel) else None
+    recipe = given.recipe.to_dict() if isinstance(given, RewardModel) else None
     return digest(weights_digest(plain), [name for name, _ in rest], shapes, scalings(given.model), recipe)
 
 
@@ -77,6 +93,8 @@ def to_train(given: Model, reward: bool, owned: bool, config: TrainConfig) -> Mo
         trained: Model = RewardModel.from_policy(given, pooling=config.pooling)
     else:
         trained = given if owned else given.copy()
+    if isinstance(trained, RewardModel) and trained.recipe.template == "pair":  # scored as it is trained
+        trained.recipe = replace(trained.recipe, max_length=config.max_length or trained.recipe.max_length)
     if fresh_adapter(trained.model):
         generator = torch.Generator().manual_seed(derived_seed(config.seed, "adapter", 0))
         with torch.no_grad():
