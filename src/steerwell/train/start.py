@@ -94,7 +94,8 @@ def to_train(given: Model, reward: bool, owned: bool, config: TrainConfig) -> Mo
     else:
         trained = given if owned else given.copy()
     if isinstance(trained, RewardModel) and trained.recipe.template == "pair":  # scored as it is trained
-        trained.recipe = replace(trained.recipe, max_length=config.max_length or trained.recipe.max_length)
+        limits = [n for n in (config.max_length, trained.recipe.max_length) if n is not None]
+        trained.recipe = replace(trained.recipe, max_length=min(limits, default=None))
     if fresh_adapter(trained.model):
         generator = torch.Generator().manual_seed(derived_seed(config.seed, "adapter", 0))
         with torch.no_grad():
