@@ -18,7 +18,16 @@ import torch
 from torch import Tensor
 
 from steerwell.objectives.reduce import reduce
-from steerwell.objectives.table import TENSORS, UNIT_LETTER, Objective, ObjectiveError, get, needs, optional
+from steerwell.objectives.table import (
+    TENSORS,
+    UNIT_LETTER,
+    Objective,
+    ObjectiveError,
+    get,
+    hyperparameters,
+    needs,
+    optional,
+)
 
 PER_PROMPT = 4
 FAR = 1e4
@@ -90,10 +99,13 @@ def check_objective(fn: Callable[..., Any] | str, *, seed: int = 0, **hyper: Any
     return tuple(checks)
 
 
-def made_up(names: tuple[str, ...], *, prompts: int = 3, seed: int = 0, at_start: bool = False) -> Batch:
+def made_up(
+    names: tuple[str, ...], *, prompts: int = 3, seed: int = 0, at_start: bool = False, heads: int = 2
+) -> Batch:
     """Float64 tensors by name for ``prompts`` prompts of four completions. Raises KeyError for unknown names.
 
-    ``at_start``: policy, reference and sampling policy agree, and kl is 0, as on the first step of a run.
+    ``at_start``: policy, reference and sampling policy agree, and kl is 0, as on the first step of a run; all
+    outputs of a reward model's head are 0. ``heads``: how many outputs it has.
     """
     g = torch.Generator().manual_seed(seed)
     n = prompts * PER_PROMPT
@@ -113,6 +125,8 @@ def made_up(names: tuple[str, ...], *, prompts: int = 3, seed: int = 0, at_start
     quality = torch.tensor([1.0, -1.0, 0.2, -0.3], dtype=torch.float64)[place]
     first = torch.arange(prompts) * PER_PROMPT
     pairs = torch.cat([torch.stack([first + a, first + b]) for a, b in ((0, 1), (0, 2), (2, 1))], dim=1)
+    attributes = torch.stack([quality + 0.1 * normal(n), 0.5 * quality + 0.1 * normal(n)], dim=1)
+    attributes[::5, 1] = torch.nan  # not every completion was scored by every attribute
     everything = {
         "logps": summed(policy),
         "ref_logps": summed(ref),
@@ -124,6 +138,10 @@ def made_up(names: tuple[str, ...], *, prompts: int = 3, seed: int = 0, at_start
         "ranks": torch.tensor([0, 3, 1, 2])[place],
         "scores": 2 * quality + 0.1 * normal(n),
         "rewards": 2 * quality + 0.1 * normal(n),
+        "head_scores": apart * torch.stack([quality + 0.3 * normal(n) for _ in range(heads)], dim=1),
+        "head_weights": normal(3 * heads).view(heads, 3),
+        "attributes": attributes,
+        "pair_strengths": torch.randint(0, 4, (3 * prompts,), generator=g).double(),
         "group": torch.arange(n) // PER_PROMPT,
         "advantages": quality * (0.5 + torch.rand(n, generator=g, dtype=torch.float64)),
         "demonstrations": (place == 0) | (place == 2),
@@ -140,6 +158,13 @@ def made_up(names: tuple[str, ...], *, prompts: int = 3, seed: int = 0, at_start
         "shared_tokens": (lengths[pairs].amin(0) - 1).clamp(max=2),  # so that both have a token after them
     }
     return {name: everything[name] for name in dict.fromkeys((*names, "lengths", "owner", "group"))}
+
+
+def batch_for(objective: Objective, names: tuple[str, ...], hyper: Mapping[str, Any], **how: Any) -> Batch:
+    """:func:`made_up`, with as many outputs of the head as the objective asks of a reward model."""
+    values = {**hyperparameters(objective), **hyper}
+    counts = {"quantiles": len(values.get("levels", ())), "members": values.get("members", 2)}
+    return made_up(names, heads=counts.get(objective.head, 2), **how)
 
 
 def _place_within(owner: Tensor, lengths: Tensor) -> Tensor:
@@ -163,7 +188,8 @@ def take(batch: Batch, index: Tensor) -> tuple[Batch, dict[str, Tensor]]:
     out: Batch = {}
     for name, x in batch.items():
         shape = TENSORS[name].shape
-        out[name] = x if not shape else pairs[:, inside] if name == "pairs" else x[taken[shape[0]]]
+        whole = not shape or shape[0] == "H"  # nothing of a completion's or a pair's
+        out[name] = x if whole else pairs[:, inside] if name == "pairs" else x[taken[shape[0]]]
     out["owner"] = place[out["owner"]]
     return out, taken
 
@@ -172,7 +198,9 @@ def _learnt(objective: Objective, names: tuple[str, ...]) -> tuple[str, ...]:
     return tuple(
         name
         for name in (
-            ("scores",) if objective.kind == "reward" else ("logps", "per_token_logps", "per_token_kl")
+            ("scores", "head_scores")
+            if objective.kind == "reward"
+            else ("logps", "per_token_logps", "per_token_kl")
         )
         if name in names
     )
@@ -207,7 +235,7 @@ def _counted(objective: Objective, batch: Batch) -> Tensor:
 
 
 def _check_shape(objective: Objective, names: tuple[str, ...], hyper: Mapping[str, Any], seed: int) -> None:
-    batch = made_up(names, seed=seed)
+    batch = batch_for(objective, names, hyper, seed=seed)
     given = {name: batch[name].clone() for name in names}
     for name in _learnt(objective, names):
         given[name].requires_grad_()
@@ -223,16 +251,20 @@ def _check_shape(objective: Objective, names: tuple[str, ...], hyper: Mapping[st
         assert not metric.requires_grad, f"metric {name} must be detached"
         assert torch.isfinite(metric).all(), f"metric {name} is not finite"
     for name in names:
-        assert torch.equal(given[name], batch[name]), f"{name} was changed in place"
+        assert torch.equal(given[name].nan_to_num(), batch[name].nan_to_num()), f"{name} was changed in place"
 
 
 def _check_sign(objective: Objective, names: tuple[str, ...], hyper: Mapping[str, Any], seed: int) -> None:
-    whole = made_up(names, prompts=4, seed=seed, at_start=True)
+    whole = batch_for(objective, names, hyper, prompts=4, seed=seed, at_start=True)
     place = torch.arange(len(whole["lengths"])) % PER_PROMPT
     batch, _ = take(whole, torch.nonzero(place < 2).flatten())
     n = len(batch["lengths"])
     if "pair_probs" in batch:  # a soft label may be content with less than the margin of the batch
         batch["pair_probs"] = torch.ones_like(batch["pair_probs"])
+    if objective.kind == "reward" and "scores" in batch:  # a reward model that knows nothing yet
+        batch["scores"] = torch.zeros_like(batch["scores"])
+    if "pair_strengths" in batch:  # ties have no better completion
+        batch["pair_strengths"] = batch["pair_strengths"].clamp(min=1)
     if objective.rises_at_start:
         _check_far_apart(objective, names, batch, hyper)
         return
@@ -241,7 +273,11 @@ def _check_sign(objective: Objective, names: tuple[str, ...], hyper: Mapping[str
         if name == "per_token_kl":  # a distance from the reference prefers no completion
             continue
         by_token = TENSORS[name].shape == ("S",)
-        slope.index_add_(0, batch["owner"] if by_token else torch.arange(n), gradient)
+        slope.index_add_(
+            0,
+            batch["owner"] if by_token else torch.arange(n),
+            gradient.flatten(1).sum(1) if gradient.dim() > 1 else gradient,
+        )
     good, bad = slope[0::2], slope[1::2]
     assert (good - bad < 0).all(), f"the loss rises towards the better completion: slopes {good - bad}"
     if "pairs" not in names and {"labels", "advantages", "demonstrations"} & set(names):
@@ -274,13 +310,13 @@ def _check_extremes(
     objective: Objective, names: tuple[str, ...], hyper: Mapping[str, Any], seed: int
 ) -> None:
     for turn in range(3):
-        batch = made_up(names, prompts=8, seed=seed + turn)
+        batch = batch_for(objective, names, hyper, prompts=8, seed=seed + turn)
         g = torch.Generator().manual_seed(seed + turn)
         for name, x in batch.items():
             coin = torch.rand(x.shape, generator=g) < 0.5
             if name.endswith("logps"):
                 batch[name] = torch.where(coin, -FAR, 0.0).float()
-            elif name == "scores" and objective.kind == "reward":
+            elif name in ("scores", "head_scores") and objective.kind == "reward":
                 batch[name] = torch.where(coin, -FAR, FAR).float()
             elif name == "kl":
                 batch[name] = torch.tensor([FAR, -FAR, 0.0][turn])
@@ -295,7 +331,7 @@ def _check_extremes(
 
 
 def _check_empty(objective: Objective, names: tuple[str, ...], hyper: Mapping[str, Any], seed: int) -> None:
-    batch = made_up(names, seed=seed)
+    batch = batch_for(objective, names, hyper, seed=seed)
     nothing, _ = take(batch, torch.zeros(0, dtype=torch.long))
     batches = [nothing]
     if objective.mask:
@@ -312,7 +348,7 @@ def _check_empty(objective: Objective, names: tuple[str, ...], hyper: Mapping[st
 def _check_permutation(
     objective: Objective, names: tuple[str, ...], hyper: Mapping[str, Any], seed: int
 ) -> None:
-    batch = made_up(names, seed=seed)
+    batch = batch_for(objective, names, hyper, seed=seed)
     before = _evaluate(objective, names, batch, hyper)
     g = torch.Generator().manual_seed(seed)
     shuffled, taken = take(batch, torch.randperm(len(batch["lengths"]), generator=g))
@@ -335,12 +371,16 @@ def _check_permutation(
 
 
 def _check_copies(objective: Objective, names: tuple[str, ...], hyper: Mapping[str, Any], seed: int) -> None:
-    batch = made_up(names, seed=seed)
+    batch = batch_for(objective, names, hyper, seed=seed)
     n = len(batch["lengths"])
     double: Batch = {}
     for name, x in batch.items():
         shift = n if name in ("pairs", "owner", "group") else 0
-        double[name] = torch.cat([x, x + shift if shift else x], dim=-1) if TENSORS[name].shape else x
+        double[name] = (
+            torch.cat([x, x + shift if shift else x], dim=1 if name == "pairs" else 0)
+            if TENSORS[name].shape
+            else x
+        )
     once = _evaluate(objective, names, batch, hyper).losses.sum()
     twice = _evaluate(objective, names, double, hyper).losses.sum()
     _close(twice, 2 * once, "sum of a batch beside its copy")
@@ -349,7 +389,7 @@ def _check_copies(objective: Objective, names: tuple[str, ...], hyper: Mapping[s
 def _check_microbatches(
     objective: Objective, names: tuple[str, ...], hyper: Mapping[str, Any], seed: int
 ) -> None:
-    batch = made_up(names, prompts=4, seed=seed)
+    batch = batch_for(objective, names, hyper, prompts=4, seed=seed)
 
     def step(part: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         given = {name: part[name].clone() for name in names}
@@ -376,7 +416,7 @@ def _check_microbatches(
 
 
 def _check_removal(objective: Objective, names: tuple[str, ...], hyper: Mapping[str, Any], seed: int) -> None:
-    batch = made_up(names, seed=seed)
+    batch = batch_for(objective, names, hyper, seed=seed)
     idle = torch.ones(len(batch["lengths"]), dtype=torch.bool)
     if "pairs" in names:
         idle[batch["pairs"].flatten()] = False
@@ -384,7 +424,7 @@ def _check_removal(objective: Objective, names: tuple[str, ...], hyper: Mapping[
         idle &= ~batch[objective.mask]
     outcome = _evaluate(objective, names, batch, hyper)
     for name, gradient in outcome.gradients.items():
-        masked = idle if TENSORS[name].shape == ("N",) else idle[batch["owner"]]
+        masked = idle if TENSORS[name].shape[0] == "N" else idle[batch["owner"]]
         assert not gradient[masked].any(), f"{name} of completions that do not count gets a gradient"
     fewer, _ = take(batch, torch.nonzero(~idle).flatten())
     _close(
@@ -397,7 +437,7 @@ def _check_removal(objective: Objective, names: tuple[str, ...], hyper: Mapping[
 def _check_gradients(
     objective: Objective, names: tuple[str, ...], hyper: Mapping[str, Any], seed: int
 ) -> None:
-    batch = made_up(names, prompts=2, seed=seed)
+    batch = batch_for(objective, names, hyper, prompts=2, seed=seed)
     learnt = _learnt(objective, names)
 
     def losses(*values: Tensor) -> Tensor:

@@ -44,9 +44,11 @@ def write_group(group: CompletionGroup) -> dict[str, Any]:
     targets = {
         "annotations": [_plain(a, _ANNOTATION) for a in group.annotations],
         "pairs": [list(p) for p in group.pairs],
+        "pair_strengths": group.pair_strengths,
         "scores": group.scores,
         "labels": group.labels,
         "ranks": group.ranks,
+        "attributes": {name: list(values) for name, values in (group.attributes or {}).items()},
         "meta": dict(group.meta),
     }
     return row | {k: v for k, v in targets.items() if v not in (None, [], {})}
@@ -88,13 +90,25 @@ def _read(row: Row) -> CompletionGroup:
     if any(not 0 <= k < len(completions) for p in pairs for k in p[:2]):
         row.fail("a pair names a completion that is not in the group", "Count from 0.")
     targets = {k: tuple(value[k]) for k in ("scores", "labels", "ranks") if value.get(k) is not None}
-    for name, target in targets.items():
+    strengths = value.get("pair_strengths")
+    if strengths is not None and len(strengths) != len(pairs):
+        row.fail(f"{len(strengths)} pair_strengths for {len(pairs)} pairs", "Give one for each, or null.")
+    strengths = None if strengths is None else tuple(strengths)
+    attributes = {name: tuple(found) for name, found in (value.get("attributes") or {}).items()}
+    for name, target in {**targets, **attributes}.items():
         if len(target) != len(completions):
             row.fail(
                 f"{len(target)} {name} for {len(completions)} completions", "Give one for each, or null."
             )
     return CompletionGroup(
-        prompt, tuple(completions), annotations, pairs, **targets, meta=value.get("meta", {})
+        prompt,
+        tuple(completions),
+        annotations,
+        pairs,
+        **targets,
+        pair_strengths=strengths,
+        attributes=attributes or None,
+        meta=value.get("meta", {}),
     )
 
 

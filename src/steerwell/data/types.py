@@ -152,7 +152,10 @@ class CompletionGroup:
 
     ``annotations`` may name completions of other groups too. ``pairs`` are edges; ``scores``, ``labels`` and
     ``ranks`` (0 is best) have one entry per completion (None where there is no verdict) or are None altogether,
-    and so have ``token_weights``: one weight per scored token of the completion.
+    and so have ``token_weights``: one weight per scored token of the completion. ``attributes`` are scores by name
+    (helpfulness, verbosity): for each name one entry per completion; all groups of a data set have the same names.
+    ``pair_strengths`` say of each pair by how much the chosen one is better: 0 a tie, 1 slightly, 2 clearly, 3 by far,
+    None where nobody said.
     """
 
     prompt: Messages
@@ -163,6 +166,8 @@ class CompletionGroup:
     labels: tuple[bool | None, ...] | None = None
     ranks: tuple[int | None, ...] | None = None
     token_weights: tuple[tuple[float, ...] | None, ...] | None = field(default=None, repr=False)
+    pair_strengths: tuple[float | None, ...] | None = None
+    attributes: Mapping[str, tuple[float | None, ...]] | None = None
     meta: Mapping[str, Any] = field(default_factory=dict, compare=False)
 
     @cached_property

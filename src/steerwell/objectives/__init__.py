@@ -16,7 +16,8 @@ from steerwell.objectives.preference import dpo, ipo, kto, sft, simpo
 from steerwell.objectives.ranked import info_nca, nca, plackett_luce
 from steerwell.objectives.reduce import denominator, reduce
 from steerwell.objectives.reference_free import alpha_po, cpo, orpo, slic
-from steerwell.objectives.reward import bradley_terry
+from steerwell.objectives.reward import bradley_terry, ordinal, plackett_luce_reward, scaled_bradley_terry
+from steerwell.objectives.reward_heads import quantile, regression
 from steerwell.objectives.scored_pairs import odpo, rebel, sppo
 from steerwell.objectives.table import (
     TABLE,
@@ -77,15 +78,20 @@ __all__ = [
     "objective",
     "odpo",
     "optional",
+    "ordinal",
     "orpo",
     "plackett_luce",
+    "plackett_luce_reward",
     "ppo_clip",
+    "quantile",
     "r_dpo",
     "rebel",
     "reduce",
+    "regression",
     "reinforce",
     "rloo",
     "robust_dpo",
+    "scaled_bradley_terry",
     "sft",
     "simpo",
     "slic",
