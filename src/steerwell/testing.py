@@ -162,9 +162,9 @@ def made_up(
 
 def batch_for(objective: Objective, names: tuple[str, ...], hyper: Mapping[str, Any], **how: Any) -> Batch:
     """:func:`made_up`, with as many outputs of the head as the objective asks of a reward model."""
-    values = {**hyperparameters(objective), **hyper}
-    counts = {"quantiles": len(values.get("levels", ())), "members": values.get("members", 2)}
-    return made_up(names, heads=counts.get(objective.head, 2), **how)
+    values = {"levels": (), "members": 2, **hyperparameters(objective), **hyper}
+    heads = {"quantiles": len(values["levels"]), "members": values["members"]}.get(objective.head, 2)
+    return made_up(names, heads=heads, **how)
 
 
 def _place_within(owner: Tensor, lengths: Tensor) -> Tensor:
@@ -273,11 +273,8 @@ def _check_sign(objective: Objective, names: tuple[str, ...], hyper: Mapping[str
         if name == "per_token_kl":  # a distance from the reference prefers no completion
             continue
         by_token = TENSORS[name].shape == ("S",)
-        slope.index_add_(
-            0,
-            batch["owner"] if by_token else torch.arange(n),
-            gradient.flatten(1).sum(1) if gradient.dim() > 1 else gradient,
-        )
+        own = gradient.flatten(1).sum(1) if gradient.dim() > 1 else gradient
+        slope.index_add_(0, batch["owner"] if by_token else torch.arange(n), own)
     good, bad = slope[0::2], slope[1::2]
     assert (good - bad < 0).all(), f"the loss rises towards the better completion: slopes {good - bad}"
     if "pairs" not in names and {"labels", "advantages", "demonstrations"} & set(names):

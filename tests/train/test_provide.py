@@ -12,6 +12,7 @@ from steerwell.data.messages import Message, as_messages
 from steerwell.data.types import CompletionGroup, Pair
 from steerwell.models.load import Policy
 from steerwell.models.reward_model import RewardModel
+from steerwell.models.scoring import ScoringRecipe
 from steerwell.train.items import Item, gather, items_digest, prepare, set_advantages
 from steerwell.train.loop import checked
 from steerwell.train.provide import Provider
@@ -34,7 +35,6 @@ def provider(policy: Policy, names: set[str], reference: Policy | None = None, *
             "reference": Reference("policy", "", reference.model) if reference else Reference("none"),
             "max_tokens": 10_000,
             "layout": "auto",
-            "pooling": "last",
             "device": CPU,
             **more,
         }  # type: ignore[arg-type]
@@ -176,7 +176,7 @@ def test_reward_scores_are_provided_and_nothing_else_is_computed() -> None:
     policy = tiny_policy()
     model = RewardModel.from_policy(policy)
     items = items_for("bradley_terry", pair_groups(3), policy)
-    source = provider(model, {"scores", "pairs", "pair_probs"}, scoring=True)  # type: ignore[arg-type]
+    source = provider(model, {"scores", "pairs", "pair_probs"}, scoring=ScoringRecipe())  # type: ignore[arg-type]
     out = source.tensors(items, source.targets(items))
     want = [score for scores in model.score([item.tokens.group for item in items]) for score in scores]
     assert out["scores"].tolist() == pytest.approx(want, abs=1e-6)

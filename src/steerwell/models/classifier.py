@@ -1,4 +1,4 @@
-"""The network of a reward model: a backbone with a linear head of one label (``score``)."""
+"""The network of a reward model: a backbone with a linear head (``score``) of one output or several."""
 
 from __future__ import annotations
 
@@ -14,13 +14,14 @@ from steerwell.data.errors import InputError
 from steerwell.models.forward import adopt
 
 
-def classifier_on(source: PreTrainedModel, pad_id: int, path: str | None = None) -> Any:
-    """A classifier with one label on the very backbone of ``source``; its head is near zero, always the same.
+def classifier_on(source: PreTrainedModel, pad_id: int, path: str | None = None, outputs: int = 1) -> Any:
+    """A classifier with so many ``outputs`` on the very backbone of ``source``; its head is near zero, always the
+    same.
 
     Raises :class:`InputError` for an architecture without a sequence classifier in ``transformers``.
     """
     config = copy.deepcopy(source.config)
-    config.num_labels = 1
+    config.num_labels = outputs
     config.get_text_config().pad_token_id = config.pad_token_id = pad_id
     config.architectures = None
     try:
@@ -41,14 +42,13 @@ def classifier_on(source: PreTrainedModel, pad_id: int, path: str | None = None)
 
 
 def check_classifier(model: Any, path: str | Path | None) -> None:
-    """Raise :class:`InputError` unless the model has one label and a linear head called ``score``."""
-    if getattr(model.config, "num_labels", None) != 1 or not isinstance(
-        getattr(model, "score", None), nn.Linear
-    ):
+    """Raise :class:`InputError` unless the model has a linear head called ``score`` with as many outputs as labels."""
+    head = getattr(model, "score", None)
+    if not isinstance(head, nn.Linear) or head.out_features != getattr(model.config, "num_labels", None):
         raise InputError(
-            f"{type(model).__name__} with {model.config.num_labels} labels is not a reward model",
+            f"{type(model).__name__} is not a reward model",
             file=path,
-            mend="A reward model is a sequence classifier with one label.",
+            mend="A reward model is a sequence classifier with a linear head called score.",
         )
 
 

@@ -1,4 +1,5 @@
-"""Reward models in and out of directories: sequence classifiers with the recipe that turns outputs into scores.
+"""Reward models in and out of directories: sequence classifiers with the recipe that turns outputs into scores
+(:mod:`steerwell.models.scoring`).
 
 The directory is of the standard Hugging Face layout, so that any server reads it; the recipe lies beside the weights.
 """
@@ -7,16 +8,17 @@ from __future__ import annotations
 
 import copy
 import hashlib
-import json
+import math
+import statistics
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import AutoModelForSequenceClassification, PreTrainedTokenizerBase
 
-from steerwell.data.errors import InputError, nearest
+from steerwell.data.errors import InputError
 from steerwell.data.types import CompletionGroup
 from steerwell.models.adapters import (
     AdapterKind,
@@ -29,45 +31,45 @@ from steerwell.models.adapters import (
 )
 from steerwell.models.classifier import check_classifier, classifier_on
 from steerwell.models.directory import read_json, remembered_digest, save_directory
-from steerwell.models.forward import Pooling, reward_scores
+from steerwell.models.forward import Pooling, head_outputs
 from steerwell.models.load import MAX_TOKENS, Policy, by_group, evaluating, load_parts, name_of
 from steerwell.models.render import TokenizedGroup, ending, tokenize_groups
-
-SCORING_FILE = "steerwell_scoring.json"
-POOLINGS = ("last", "mean")
-
-
-@dataclass(frozen=True)
-class ScoringRecipe:
-    """How raw outputs become scores: which states are read, and ``(raw - mean) / std``."""
-
-    pooling: Pooling = "last"
-    mean: float = 0.0
-    std: float = 1.0
-
-    def __post_init__(self) -> None:
-        if self.pooling not in POOLINGS:
-            raise InputError(f"unknown pooling {self.pooling!r}", mend=nearest(str(self.pooling), POOLINGS))
-        if not self.std > 0:
-            raise InputError(f"the scale of scores must be positive, got {self.std}", mend="Use std=1.0.")
+from steerwell.models.reward_head import add_gate, load_gate
+from steerwell.models.scoring import (
+    SCORING_FILE,
+    ScoringRecipe,
+    check_outputs,
+    check_tokenizer,
+    combined,
+    made_for,
+    read_recipe,
+)
 
 
 @dataclass(eq=False)
 class RewardModel:
-    """A sequence classifier with one label that scores completions; higher is better."""
+    """A sequence classifier that scores completions by its recipe; higher is better."""
 
     model: Any
     tokenizer: PreTrainedTokenizerBase
-    recipe: ScoringRecipe = ScoringRecipe()
+    recipe: ScoringRecipe = field(default_factory=ScoringRecipe)
     name: str = "reward-model"
     path: str = ""
     _digest: tuple[Any, str] | None = field(default=None, repr=False)
 
     @classmethod
     def from_policy(
-        cls, policy: Policy, *, pooling: Pooling = "last", name: str | None = None
+        cls,
+        policy: Policy,
+        *,
+        pooling: Pooling = "last",
+        name: str | None = None,
+        head: str = "score",
+        outputs: tuple[str, ...] = ("score",),
     ) -> RewardModel:
         """A reward model on a copy of the policy's backbone; its new head is close to zero, always the same.
+
+        ``head`` says what the outputs are (:data:`steerwell.models.scoring.HEADS`), ``outputs`` names them.
 
         A policy with an adapter gives a reward model with a new adapter of the same form, over the weights
         that the policy has with its own one.
@@ -79,9 +81,10 @@ class RewardModel:
         source = without_adapter(policy.model) if fresh else merged(policy.model)
         if source is policy.model:
             source = copy.deepcopy(source)
-        model = classifier_on(source, _pad_id(policy.tokenizer), policy.path or None)
+        model = classifier_on(source, _pad_id(policy.tokenizer), policy.path or None, len(outputs))
         whole: Any = model if adapter is None else add_adapter(model, adapter)
-        return cls(whole, policy.tokenizer, ScoringRecipe(pooling), name or f"{policy.name}-reward")
+        recipe = made_for(policy.tokenizer, ScoringRecipe(pooling, head=head, outputs=outputs))
+        return cls(whole, policy.tokenizer, recipe, name or f"{policy.name}-reward")
 
     @property
     def device(self) -> torch.device:
@@ -91,8 +94,8 @@ class RewardModel:
     def digest(self) -> str:
         """Identity of the weights and the recipe."""
         self._digest = remembered_digest(self.model, self._digest)
-        words = json.dumps(asdict(self.recipe), sort_keys=True)
-        return hashlib.blake2b((self._digest[1] + words).encode(), digest_size=12).hexdigest()
+        both = self._digest[1] + self.recipe.digest()
+        return hashlib.blake2b(both.encode(), digest_size=12).hexdigest()
 
     def tokenize(
         self, groups: Iterable[CompletionGroup], max_length: int | None = None
@@ -103,19 +106,83 @@ class RewardModel:
     @torch.no_grad()
     def score(self, groups: Iterable[CompletionGroup], *, max_tokens: int = MAX_TOKENS) -> list[list[float]]:
         """The score of every completion, one list per group; the same whatever else is in the batch."""
+
+        def values(batch: Any) -> torch.Tensor:
+            return combined(*self._read(batch, gated=self.recipe.gate))
+
         with evaluating(self.model):
-            raw = by_group(
-                self.tokenize(groups),
-                lambda batch: reward_scores(self.model, batch, self.recipe.pooling),
-                self.model,
-                max_tokens,
-            )
+            raw = by_group(self.tokenize(groups), values, self.model, max_tokens)
         return [[(x - self.recipe.mean) / self.recipe.std for x in scores] for scores in raw]
+
+    @torch.no_grad()
+    def outputs(
+        self, groups: Iterable[CompletionGroup], *, max_tokens: int = MAX_TOKENS
+    ) -> list[list[dict[str, float]]]:
+        """All raw outputs of every completion by name, one list per group. Quantiles are sorted, so that they rise."""
+
+        def values(batch: Any) -> torch.Tensor:
+            found = self._read(batch)[0]
+            return found.sort(1).values if self.recipe.head == "quantiles" else found
+
+        with evaluating(self.model):
+            raw = by_group(self.tokenize(groups), values, self.model, max_tokens)
+        names = self.recipe.outputs
+        return [[dict(zip(names, row, strict=True)) for row in rows] for rows in raw]  # type: ignore[arg-type]
+
+    def _read(self, batch: Any, *, gated: bool = False) -> tuple[torch.Tensor, ScoringRecipe, Any]:
+        found, gate = head_outputs(self.model, batch, self.recipe.pooling, gated=gated)
+        return found, self.recipe, gate
+
+    def probability(self, better: float, other: float) -> float:
+        """The probability that a completion of the first score is preferred to one of the second, by the recipe's
+        temperature.
+        """
+        return 1 / (1 + math.exp(min(700.0, (other - better) / self.recipe.temperature)))
+
+    def normalised(self, groups: Iterable[CompletionGroup]) -> RewardModel:
+        """This model with scores of mean 0 and standard deviation 1 over the completions of ``groups``, the reference
+        set; probabilities stay as they are. The network is shared.
+
+        Raises :class:`InputError` where there are fewer than two different scores.
+        """
+        plain = replace(self, recipe=replace(self.recipe, mean=0.0, std=1.0))
+        raw = [score for scores in plain.score(groups) for score in scores]
+        if len(set(raw)) < 2:
+            raise InputError(
+                f"{len(raw)} completions with {len(set(raw))} different scores have no scale",
+                mend="Give a reference set of some hundred completions.",
+            )
+        std = statistics.pstdev(raw)
+        temperature = self.recipe.temperature * self.recipe.std / std
+        return self.with_recipe(mean=statistics.fmean(raw), std=std, temperature=temperature)
+
+    def with_recipe(self, **changes: Any) -> RewardModel:
+        """This model with another recipe; the network is shared."""
+        return replace(self, recipe=replace(self.recipe, **changes))
+
+    def with_gate(self) -> RewardModel:
+        """This model with a gate on its attributes, fresh where it had none (then all weigh the same); in place.
+
+        Raises :class:`InputError` for a model of another kind.
+        """
+        if self.recipe.head != "attributes":
+            raise InputError(
+                f"a gate weighs attributes, and this head gives {self.recipe.head}",
+                mend='Train one with objective = "regression" first.',
+            )
+        if hasattr(self.model, "peft_config"):
+            raise InputError(
+                "a gate cannot be put on a model with an adapter", mend="Merge it: save and load."
+            )
+        add_gate(self.model)
+        self.recipe = replace(self.recipe, gate=True)
+        return self
 
     def save(self, path: str | Path) -> Path:
         """Write a complete model directory with its scoring recipe; see :meth:`Policy.save`."""
-        recipe = json.dumps({"version": 1, **asdict(self.recipe)}, indent=2) + "\n"
-        return save_directory(merged(self.model), self.tokenizer, Path(path), {SCORING_FILE: recipe})
+        return save_directory(
+            merged(self.model), self.tokenizer, Path(path), {SCORING_FILE: self.recipe.to_json()}
+        )
 
     def copy(self) -> RewardModel:
         """An independent copy with equal weights, on the same device."""
@@ -135,11 +202,12 @@ def load_reward_model(
     dtype: str | torch.dtype | None = None,
     name: str | None = None,
 ) -> RewardModel:
-    """Load a reward model: a sequence classifier with one label. Without a recipe it reads the last token.
+    """Load a reward model: a sequence classifier. Without a recipe it has one label and reads the last token.
 
     With ``lora`` a new adapter and the head are trained, and nothing else; see :func:`load_policy`.
 
-    Raises :class:`InputError` as :func:`load_policy` does, and for a directory that holds a language model.
+    Raises :class:`InputError` as :func:`load_policy` does, for a directory that holds a language model, and where the
+    chat template or the stop token is another one than in training.
     """
     asked = asked_adapter(lora, adapter, lora_alpha, lora_targets)
     local = Path(path).expanduser()
@@ -154,13 +222,13 @@ def load_reward_model(
             )
     recipe = ScoringRecipe()
     if (local / SCORING_FILE).is_file():
-        given = {k: v for k, v in read_json(local / SCORING_FILE).items() if k != "version"}
-        try:
-            recipe = ScoringRecipe(**given)
-        except TypeError as error:
-            raise InputError(f"not a scoring recipe ({error})", file=local / SCORING_FILE) from error
+        recipe = read_recipe(read_json(local / SCORING_FILE), local / SCORING_FILE)
     model, tokenizer = load_parts(AutoModelForSequenceClassification, path, device, dtype, asked)
     check_classifier(model, path)
+    check_tokenizer(recipe, tokenizer, path)
+    check_outputs(recipe, model, path)
+    if recipe.gate:
+        load_gate(model, local)
     whole: Any = model if asked is None else add_adapter(model, asked)
     return RewardModel(whole, tokenizer, recipe, name or name_of(path), str(path))
 

@@ -73,13 +73,13 @@ def quantile(
         One score per completion shows the spread between completions that the model cannot tell apart, not
         that between annotators.
     """
-    levels = _checked_levels(levels)
-    if head_scores.shape[1] != len(levels):
+    shares = _checked_levels(levels)
+    if head_scores.shape[1] != len(shares):
         if head_scores.numel():
-            raise ObjectiveError(f"the head has {head_scores.shape[1]} outputs for {len(levels)} levels")
-        head_scores = head_scores.new_zeros(0, len(levels))
+            raise ObjectiveError(f"the head has {head_scores.shape[1]} outputs for {len(shares)} levels")
+        head_scores = head_scores.new_zeros(0, len(shares))
     known = ~rewards.isnan()
-    t = head_scores.new_tensor(levels)
+    t = head_scores.new_tensor(shares)
     gap = rewards.nan_to_num(0.0).to(head_scores.dtype)[:, None] - head_scores
     losses = torch.where(known, torch.maximum(t * gap, (t - 1) * gap).mean(1), 0.0)
     return losses, {"below": (gap.detach() < 0).to(gap.dtype).mean(1)[known]}

@@ -23,6 +23,8 @@ from steerwell.objectives.table import TABLE, hyperparameters
 #: takes more.
 LEARNING_RATES = {"sft": 2e-5, "policy": 1e-6, "reward": 1e-5, "policy_gradient": 1e-6}
 LORA_FACTOR = 10.0
+#: When the head of a reward model is trained alone.
+HEAD_RATE = 1e-3
 
 
 class TrainConfig(BaseModel):
@@ -66,6 +68,10 @@ class TrainConfig(BaseModel):
     )
     pooling: Literal["last", "mean"] = Field(
         default="last", description="where a reward model reads its score"
+    )
+    train_only: Literal["head", "gate"] | None = Field(
+        default=None,
+        description="of a reward model: its head alone, or the gate of its head; None: all of it",
     )
     reference_cache: str = Field(
         default="auto", description="file of reference log-probs that runs share: auto, off or a path"

@@ -275,7 +275,8 @@ def gather(items: Seq[Item], names: set[str], device: torch.device) -> dict[str,
     for name in names & {"pair_probs", "rewards", "advantages"}:
         out[name] = _floats((value for item in items for value in getattr(item, name)), device)
     for name in {name for name in names for item in items if name in item.extra}:
-        out[name] = targets.tensor(name, (x for item in items for x in item.extra[name]), device)
+        values = (x for item in items for x in item.extra[name])
+        out[name] = targets.tensor(name, values, device, len(out["lengths"]))
     for name in names & {"ref_logps", "ref_per_token_logps", "old_per_token_logps"}:
         if items and all(getattr(item, name) for item in items):
             out[name] = _floats((value for item in items for value in getattr(item, name)), device)

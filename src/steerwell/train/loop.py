@@ -35,6 +35,7 @@ from steerwell.train.config import (
 )
 from steerwell.train.displacement import Displacement
 from steerwell.train.fit import Run, Watch, fit
+from steerwell.train.heads import asked_head
 from steerwell.train.item_file import Chosen, ItemFile, sizes
 from steerwell.train.items import Item, Prepared, Progress, items_digest, prepare
 from steerwell.train.layers import needs_checkpointing, set_layers
@@ -212,6 +213,10 @@ def _refuse_unused(
         raise InputError("watch_every is given without watch", mend="Give watch=callable.")
     if "pooling" in given and terms[0].kind != "reward":
         raise InputError(f"pooling is not used by {terms[0].name}", mend="It is a setting of reward models.")
+    if config.train_only is not None and terms[0].kind != "reward":
+        raise InputError(
+            f"train_only is not used by {terms[0].name}", mend="It is a setting of reward models."
+        )
 
 
 def _train(policy: Any, order: _Order, folder: RunDir, ranks: Ranks) -> Model:
@@ -220,6 +225,7 @@ def _train(policy: Any, order: _Order, folder: RunDir, ranks: Ranks) -> Model:
     given: Model = ranks.together(lambda: load_model(policy, reward, order.adapter)) if owned else policy
     config = completed(order.config, order.terms, given)
     start = start_digest(given)
+    head = asked_head(order.terms, order.groups) if reward else None
     data = _prepared(order, order.groups, given, config, ItemFile(folder.path))
     held_out = _prepared(order, order.eval_groups, given, config, [])
     if "kl" in needed(order.terms) and order.source is None:
@@ -245,7 +251,7 @@ def _train(policy: Any, order: _Order, folder: RunDir, ranks: Ranks) -> Model:
         if order.progress is not None:
             order.progress("train", 1, 1, f"{folder.path} holds this run, finished; nothing was trained")
         return load_model(folder.model, reward)
-    trained, dtype = to_train(given, reward, owned, config), getattr(torch, config.dtype)
+    trained, dtype = to_train(given, head, owned, config), getattr(torch, config.dtype)
     once = order.source is None and not LIVE_NAMES & needed(order.terms)
     lent = not owned and ranks.alone
     live = live_reference(reference, given, trained, first_only=once, lent=lent, dtype=dtype)
@@ -289,13 +295,12 @@ def _run(
         reference=reference,
         max_tokens=config.max_tokens,
         layout=config.layout,
-        pooling=trained.recipe.pooling if isinstance(trained, RewardModel) else "last",
         temperature=1.0 if order.source is None else order.source.temperature,
         limit=config.max_length or context_of(trained.model),
         device=trained.device,
         ranks=ranks,
         precision=config.dtype,
-        scoring=isinstance(trained, RewardModel),
+        scoring=trained.recipe if isinstance(trained, RewardModel) else None,
     )
     if order.source is None and names & REFERENCE_NAMES:
         reached = epoch_order(len(data.items), 0, config.seed)[:stream]  # all, unless the run is short

@@ -17,10 +17,11 @@ from torch import Tensor
 from steerwell.data.errors import InputError
 from steerwell.models.batch import Layout, build, layout_for, pack
 from steerwell.models.distribution import collision, divergence, predicting
-from steerwell.models.forward import Pooling, per_token_logps, reward_scores, sum_by_owner, token_logps
+from steerwell.models.forward import head_outputs, per_token_logps, sum_by_owner, token_logps, unwrap
 from steerwell.models.render import Sequence as TokenSequence
 from steerwell.models.render import TokenizedGroup
-from steerwell.models.sharding import inside
+from steerwell.models.scoring import ScoringRecipe, combined
+from steerwell.models.sharding import inside, whole
 from steerwell.train.item_file import keep_reference
 from steerwell.train.items import Item, gather, scored_tokens
 from steerwell.train.ranks import ALONE, Ranks
@@ -51,13 +52,12 @@ class Provider:
     reference: Reference
     max_tokens: int
     layout: Any
-    pooling: Pooling
     device: torch.device
     temperature: float = 1.0
     limit: int | None = None  # most tokens of prompt and completion together
     ranks: Ranks = ALONE
     precision: str = ""  # what log-probs are computed in; part of what they are filed under
-    scoring: bool = False  # whether the model in training is a reward model
+    scoring: ScoringRecipe | None = None  # of a reward model in training
 
     def micro_batches(self, items: Sequence[Item]) -> list[MicroBatch]:
         """This process's share of the items, cut under the token budget: whole groups, an over-long one alone.
@@ -80,8 +80,8 @@ class Provider:
         """The targets and everything that takes a forward pass, for one micro-batch."""
         batch = self._build(items)
         out = dict(targets)
-        if self.scoring:
-            out["scores"] = reward_scores(self.model, batch, self.pooling)
+        if self.scoring is not None:
+            out |= self.head_tensors(batch)
             return out
         logps = (
             self._policy(batch, out) if self.names & DISTRIBUTION_NAMES else self._logps(self.model, batch)
@@ -95,6 +95,18 @@ class Provider:
                 ref = self._logps(model, batch)
             out["ref_per_token_logps"] = ref
             out["ref_logps"] = sum_by_owner(ref, batch.owner, batch.n)
+        return out
+
+    def head_tensors(self, batch: Any) -> dict[str, Tensor]:
+        """What a reward model's head says of a batch: ``head_scores`` (N, H) and ``scores`` (N,); where they are asked
+        for also its weights.
+        """
+        assert self.scoring is not None
+        found, gate = head_outputs(self.model, batch, self.scoring.pooling, gated=self.scoring.gate)
+        out = {"head_scores": found, "scores": combined(found, self.scoring, gate)}
+        if "head_weights" in self.names:
+            head: Any = unwrap(self.model).score
+            out["head_weights"] = inside(self.model, lambda: whole(head.weight).float().clone())
         return out
 
     def logps(self, items: Sequence[Item]) -> tuple[Tensor, Tensor]:

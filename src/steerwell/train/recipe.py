@@ -19,7 +19,7 @@ from steerwell.train.items import Progress
 from steerwell.train.loop import Model, checked, train
 from steerwell.train.metrics import read_metrics
 from steerwell.train.sources import Judge, rollouts
-from steerwell.train.terms import Term, needed
+from steerwell.train.terms import Term, needed, targets_of
 
 RULES: dict[str, Callable[..., resolve.Resolved]] = {
     "majority": resolve.majority,
@@ -27,6 +27,8 @@ RULES: dict[str, Callable[..., resolve.Resolved]] = {
     "mean": resolve.mean,
     "labels": resolve.labels,
     "ranks": resolve.ranks,
+    "strengths": resolve.strengths,
+    "attributes": resolve.attributes,
 }
 SQLITE = b"SQLite format 3\x00"
 
@@ -179,8 +181,13 @@ def _rules_for(groups: Sequence[CompletionGroup], terms: Sequence[Term]) -> list
     kinds = {annotation.kind for group in groups for annotation in group.annotations}
     have_pairs = any(group.pairs for group in groups)
     have_labels = any(group.labels is not None for group in groups)
-    if "pairs" in names and not have_pairs:
+    graded = any("pair_strengths" in targets_of(term) for term in terms)
+    if graded and not any(group.pair_strengths for group in groups):
+        rules.append("strengths")
+    elif "pairs" in names and not have_pairs:
         rules.append("majority")
+    if "attributes" in names and not any(group.attributes for group in groups):
+        rules.append("attributes")
     if "labels" in names and not have_labels:
         rules.append("labels")
     if "ranks" in names and not any(group.ranks is not None for group in groups):

@@ -16,7 +16,8 @@ from steerwell.models.directory import model_place
 from steerwell.models.load import Policy, load_policy, weights_digest
 from steerwell.models.reward_model import RewardModel, load_reward_model
 from steerwell.models.sharding import shard, skeleton
-from steerwell.train.config import LEARNING_RATES, LORA_FACTOR, TrainConfig
+from steerwell.train.config import HEAD_RATE, LEARNING_RATES, LORA_FACTOR, TrainConfig
+from steerwell.train.heads import AskedHead, fitted_head
 from steerwell.train.precision import dtype_of, in_dtype, keep_fine, resolved_dtype
 from steerwell.train.ranks import Ranks, current, mesh
 from steerwell.train.reference import Reference, base_digest
@@ -43,7 +44,7 @@ def completed(config: TrainConfig, terms: Sequence[Term], given: Model) -> Train
     found: dict[str, Any] = {"dtype": str(dtype).removeprefix("torch.")}
     if config.learning_rate is None:
         factor = LORA_FACTOR if hasattr(given.model, "peft_config") else 1.0
-        found["learning_rate"] = LEARNING_RATES[_kind(terms)] * factor
+        found["learning_rate"] = HEAD_RATE if config.train_only else LEARNING_RATES[_kind(terms)] * factor
     return config.model_copy(update=found)
 
 
@@ -69,14 +70,20 @@ def start_digest(given: Model) -> str:
     return digest(weights_digest(plain), [name for name, _ in rest], shapes, scalings(given.model), recipe)
 
 
-def to_train(given: Model, reward: bool, owned: bool, config: TrainConfig) -> Model:
-    """The model that will be changed: never the caller's own. A new adapter is drawn anew from the seed, so
-    that a run that is started again before its first checkpoint is the same run.
+def to_train(given: Model, head: AskedHead | None, owned: bool, config: TrainConfig) -> Model:
+    """The model that will be changed: never the caller's own. With ``head`` it is a reward model that has it. A new
+    adapter is drawn anew from the seed, so that a run that is started again before its first checkpoint is the
+    same run.
     """
-    if isinstance(given, Policy) and reward:
-        trained: Model = RewardModel.from_policy(given, pooling=config.pooling)
+    if isinstance(given, Policy) and head is not None:
+        trained: Model = RewardModel.from_policy(
+            given, pooling=config.pooling, head=head.kind, outputs=head.outputs
+        )
     else:
         trained = given if owned else given.copy()
+    if isinstance(trained, RewardModel) and head is not None:
+        trained = fitted_head(trained, head)
+        _restrict(trained, config)
     if fresh_adapter(trained.model):
         generator = torch.Generator().manual_seed(derived_seed(config.seed, "adapter", 0))
         with torch.no_grad():
@@ -86,6 +93,21 @@ def to_train(given: Model, reward: bool, owned: bool, config: TrainConfig) -> Mo
                     drawn = torch.rand(parameter.shape, generator=generator) * 2 * bound - bound
                     parameter.copy_(drawn)
     return trained
+
+
+def _restrict(model: RewardModel, config: TrainConfig) -> None:
+    """Leave only what ``train_only`` names to be trained."""
+    if config.train_only is None:
+        return
+    if hasattr(model.model, "peft_config"):
+        raise InputError("train_only is not used with an adapter", mend="Leave one of the two out.")
+    if config.train_only == "gate" and not model.recipe.gate:
+        raise InputError(
+            "this reward model has no gate", mend='Train attributes first: objective = "regression".'
+        )
+    part = {"head": "score.", "gate": "score.gate."}[config.train_only]
+    for name, parameter in model.model.named_parameters():
+        parameter.requires_grad_(name.startswith(part))
 
 
 def named_reference(asked: Any, given: Model, start: str) -> Reference:

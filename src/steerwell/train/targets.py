@@ -87,6 +87,25 @@ def _shared(group: CompletionGroup, tokens: TokenizedGroup) -> list[float]:
     return [shared_tokens(tokens.sequences[p.chosen], tokens.sequences[p.rejected]) for p in group.pairs]
 
 
+def _attributes(group: CompletionGroup, tokens: TokenizedGroup) -> list[float]:
+    columns = (group.attributes or {}).values()
+    return [
+        math.nan if column[i] is None else float(column[i])  # type: ignore[arg-type]
+        for i in range(len(group.completions))
+        for column in columns
+    ]
+
+
+def _has_attribute(group: CompletionGroup) -> list[bool]:
+    columns = (group.attributes or {}).values()
+    return [any(column[i] is not None for column in columns) for i in range(len(group.completions))]
+
+
+def _strengths(group: CompletionGroup, tokens: TokenizedGroup) -> list[float]:
+    given = group.pair_strengths or (None,) * len(group.pairs)
+    return [math.nan if strength is None else float(strength) for strength in given]
+
+
 def _known(values: Seq[object] | None, group: CompletionGroup) -> list[bool]:
     return [False] * len(group.completions) if values is None else [value is not None for value in values]
 
@@ -109,6 +128,12 @@ TARGETS: Mapping[str, Target] = MappingProxyType(
             lambda group: _known(group.token_weights, group),
             "Make them first: steerwell.contrast_weights(groups, positive, negative).",
         ),
+        "attributes": Target(
+            _attributes,
+            _has_attribute,
+            "Resolve score annotations first: steerwell.resolve.attributes(groups).",
+        ),
+        "pair_strengths": Target(_strengths),
         "turns": Target(_turns),
         "shared_tokens": Target(_shared),
     }
@@ -120,9 +145,10 @@ def made(names: Iterable[str], group: CompletionGroup, tokens: TokenizedGroup) -
     return {name: TARGETS[name].make(group, tokens) for name in sorted(set(names) & TARGETS.keys())}
 
 
-def tensor(name: str, values: Iterable[float], device: torch.device) -> Tensor:
-    """Values as the tensor of that name."""
-    return torch.tensor(list(values), dtype=TENSORS[name].dtype, device=device)
+def tensor(name: str, values: Iterable[float], device: torch.device, completions: int = 0) -> Tensor:
+    """Values as the tensor of that name; those of a table come row by row, of so many ``completions``."""
+    found = torch.tensor(list(values), dtype=TENSORS[name].dtype, device=device)
+    return found.view(completions, -1) if len(TENSORS[name].shape) == 2 and completions else found
 
 
 __all__ = ["NO_RANK", "TARGETS", "Target", "made", "shared_tokens", "tensor", "turns"]
