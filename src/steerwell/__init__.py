@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from steerwell import objectives as objectives
     from steerwell import world as world
     from steerwell.data import resolve as resolve
+    from steerwell.data.calibration import fit_temperature as fit_temperature
+    from steerwell.data.cutpoints import fit_cutpoints as fit_cutpoints
     from steerwell.data.errors import InputError as InputError
     from steerwell.data.formats import load as load
     from steerwell.data.formats import save as save
@@ -57,6 +59,8 @@ _PLACES: dict[str, tuple[str, str]] = {
     "contrast_weights": ("steerwell.models.token_weights", "contrast_weights"),
     "audit": ("steerwell.data.quality", "audit"),
     "evaluate": ("steerwell.evals.task", "evaluate"),
+    "fit_cutpoints": ("steerwell.data.cutpoints", "fit_cutpoints"),
+    "fit_temperature": ("steerwell.data.calibration", "fit_temperature"),
     "judges": ("steerwell.judges", ""),
     "load": ("steerwell.data.formats", "load"),
     "load_policy": ("steerwell.models.load", "load_policy"),
@@ -85,6 +89,8 @@ __all__ = [  # noqa: RUF022 (in the order in which they are used)
     "rollouts",
     "contrast_weights",
     "self_play_pairs",
+    "fit_temperature",
+    "fit_cutpoints",
     "evaluate",
     "world",
     "InputError",

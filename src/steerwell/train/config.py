@@ -73,6 +73,14 @@ class TrainConfig(BaseModel):
         default=None,
         description="of a reward model: its head alone, or the gate of its head; None: all of it",
     )
+    normalise: bool = Field(
+        default=False,
+        description="of a reward model: scores of mean 0 and deviation 1 over the training completions",
+    )
+    calibrate: bool = Field(
+        default=False,
+        description="of a reward model: the temperature of its probabilities, fitted to the evaluation pairs",
+    )
     reference_cache: str = Field(
         default="auto", description="file of reference log-probs that runs share: auto, off or a path"
     )

@@ -165,6 +165,11 @@ def _check(policy: Any, order: _Order, evaluated: bool) -> None:
         check_data(terms, order.groups)
     if evaluated:
         check_data(terms, order.eval_groups, "the evaluation data")
+    if order.config.calibrate and not any(group.pairs for group in order.eval_groups):
+        raise InputError(
+            "calibrate needs held-out pairs; no group of the evaluation data has one",
+            mend="Resolve the annotations first: steerwell.resolve.majority(groups).",
+        )
     if order.reference in (None, "none"):
         for term in terms:
             if (REFERENCE_NAMES | LIVE_NAMES) & set(term.tensors):
@@ -213,9 +218,14 @@ def _refuse_unused(
         raise InputError("watch_every is given without watch", mend="Give watch=callable.")
     if "pooling" in given and terms[0].kind != "reward":
         raise InputError(f"pooling is not used by {terms[0].name}", mend="It is a setting of reward models.")
-    if config.train_only is not None and terms[0].kind != "reward":
+    for name in ("train_only", "normalise", "calibrate"):
+        if getattr(config, name) and terms[0].kind != "reward":
+            raise InputError(
+                f"{name} is not used by {terms[0].name}", mend="It is a setting of reward models."
+            )
+    if config.calibrate and not evaluated:
         raise InputError(
-            f"train_only is not used by {terms[0].name}", mend="It is a setting of reward models."
+            "calibrate is given without eval_data", mend="Give held-out pairs: never those of training."
         )
 
 

@@ -78,7 +78,7 @@ class Provider:
 
     def tensors(self, items: Sequence[Item], targets: dict[str, Tensor]) -> dict[str, Tensor]:
         """The targets and everything that takes a forward pass, for one micro-batch."""
-        batch = self._build(items)
+        batch = self.batch(items)
         out = dict(targets)
         if self.scoring is not None:
             out |= self.head_tensors(batch)
@@ -111,7 +111,7 @@ class Provider:
 
     def logps(self, items: Sequence[Item]) -> tuple[Tensor, Tensor]:
         """Log-probs of the scored tokens under the model in training, and whose they are, (S,) each."""
-        batch = self._build(items)
+        batch = self.batch(items)
         return self._logps(self.model, batch), batch.owner
 
     def _logps(self, model: Any, batch: Any) -> Tensor:
@@ -187,7 +187,7 @@ class Provider:
         with self.reference.active() as model:
             for part in self.micro_batches(items):
                 # in the type that files keep, so that a run that computes them and one that reads them agree
-                logps = self._logps(model, self._build(part.items)).float().tolist()
+                logps = self._logps(model, self.batch(part.items)).float().tolist()
                 if part.live:
                     for item, own in zip(
                         part.items, _cut(logps, [sum(i.lengths) for i in part.items]), strict=True
@@ -207,7 +207,7 @@ class Provider:
         moved = _mismatch(items, self.limit)
         total = torch.zeros((), dtype=torch.float64, device=self.device)
         for part in self.micro_batches(moved):
-            batch = self._build(part.items)
+            batch = self.batch(part.items)
             with torch.no_grad():
                 mine = per_token_logps(self.model, batch, temperature=self.temperature)
             with self.reference.active() as model:
@@ -219,7 +219,8 @@ class Provider:
         count = sum(len(item.lengths) for item in moved)
         return (total / max(1, count)).clamp(min=0).float()
 
-    def _build(self, items: Sequence[Item]) -> Any:
+    def batch(self, items: Sequence[Item]) -> Any:
+        """The items packed in one batch, on the device of the model."""
         return build([item.tokens for item in items], self.layout_of_models()).to(self.device)
 
     def layout_of_models(self) -> Layout:
