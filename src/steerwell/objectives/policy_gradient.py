@@ -205,9 +205,9 @@ def cispo(
     Returns:
         losses (S,); ratio, capped (1 where the cap holds). The value means nothing by itself, only its gradient does.
     Differs:
-        epsilon_max is the cap, not its distance from 1. The paper writes it 1 + epsilon_high and some trainers take
-        that epsilon_high; others take the cap under the same name. Their 4.0 or 5.0 is 5.0 here; a value below 1, as
-        a distance such as 0.28 would be, is an error.
+        epsilon_max is the cap, not its distance from 1. The paper writes it 1 + epsilon_high, and some trainers ask
+        for that epsilon_high (4.0 there is 5.0 here); others ask for the cap under the same name (5.0 is 5.0).
+        A value below 1, as a distance such as 0.28 would be, is an error.
         No lower bound: the paper's is set so far off that it never holds.
         The mean is over all tokens of the step; the paper's is over those of each prompt's group, then over prompts.
     Failure modes:
