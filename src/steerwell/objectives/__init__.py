@@ -11,7 +11,7 @@ from steerwell.objectives.divergences import chi_po, f_dpo
 from steerwell.objectives.dpo_variants import discopop, dpo_shift, dpop, exo_pair, hinge, robust_dpo, spin
 from steerwell.objectives.length_aware import ld_dpo, ln_dpo, r_dpo
 from steerwell.objectives.mixtures import MIXTURES
-from steerwell.objectives.policy_gradient import grpo, ppo_clip, reinforce, rloo
+from steerwell.objectives.policy_gradient import cispo, grpo, ppo_clip, reinforce, rloo
 from steerwell.objectives.preference import dpo, ipo, kto, sft, simpo
 from steerwell.objectives.ranked import info_nca, nca, plackett_luce
 from steerwell.objectives.reduce import denominator, reduce
@@ -53,6 +53,7 @@ __all__ = [
     "cal_dpo",
     "check_hyperparameters",
     "chi_po",
+    "cispo",
     "cpo",
     "denominator",
     "discopop",

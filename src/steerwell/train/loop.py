@@ -210,7 +210,7 @@ def _refuse_unused(
         name = next(t.name for t in terms if {"pairs", "labels", "demonstrations"} & set(t.tensors))
         raise InputError(
             f"{name} cannot learn from rollouts: they have scores only",
-            mend="Use grpo, rloo, reinforce or ppo_clip.",
+            mend="Use grpo, cispo, rloo, reinforce or ppo_clip.",
         )
     if config.eval_every is not None and not evaluated:
         raise InputError("eval_every is given without eval_data", mend="Give eval_data.")
