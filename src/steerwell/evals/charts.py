@@ -264,6 +264,10 @@ def _labels(lines: Sequence[Series], f: _Frame) -> Iterable[str]:
     found.sort(key=lambda row: row[0])
     for above, below in pairwise(found):
         below[0] = max(below[0], above[0] + 17)
+    if found and found[-1][0] > f.bottom:  # no room below: push back up
+        found[-1][0] = f.bottom
+        for below, above in pairwise(reversed(found)):
+            above[0] = min(above[0], below[0] - 17)
     for y, s in found:
         yield _words(f"name tone-{s.tone}", f.right + 10, y + 4, s.label)
 
