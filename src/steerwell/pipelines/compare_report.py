@@ -137,7 +137,7 @@ def write_page(path: Path, result: dict[str, Any]) -> Path:
         f"Measured on {result['held_out']['pairs']:,} held-out pairs and samples for "
         f"{result['samples']['prompts']:,} held-out prompts",
         ["objective", *shown],
-        [[row["name"], *(estimate(row, name) for name in shown)] for row in result["contenders"]],
+        [[row["name"], *(_on_the_page(row, name) for name in shown)] for row in result["contenders"]],
         units={name: COLUMNS[name][1] for name in shown},
         note="95% intervals over prompts. They do not cover the seed of training: a second seed may change places "
         "that lie close together.",
@@ -164,6 +164,12 @@ def write_page(path: Path, result: dict[str, Any]) -> Path:
     facts = {key: result[key] for key in ("steerwell", "model", "data", "seed")}
     report.provenance(facts | {"samples cut at": f"{result['samples']['max_new_tokens']} tokens"})
     return report.write(path)
+
+
+def _on_the_page(row: dict[str, Any], column: str) -> Estimate | float | None:
+    """A cell of the page's table: the length of samples goes without its interval, as the page is not that wide."""
+    found = estimate(row, column)
+    return found.value if found is not None and column == "tokens" else found
 
 
 def _curves(report: Report, result: dict[str, Any]) -> None:
