@@ -253,8 +253,12 @@ def set_advantages(items: Seq[Item], name: str) -> None:
         item.advantages = [next(values) for _ in item.rewards]
 
 
-def gather(items: Seq[Item], names: set[str], device: torch.device) -> dict[str, Tensor]:
-    """Targets of several items as tensors: ``lengths``, ``group`` and those of ``names`` that items hold."""
+def gather(
+    items: Seq[Item], names: set[str], device: torch.device, logps: torch.dtype = torch.float32
+) -> dict[str, Tensor]:
+    """Targets of several items as tensors: ``lengths``, ``group`` and those of ``names`` that items hold; recorded
+    log-probs in the type ``logps``.
+    """
     out: dict[str, Tensor] = {
         "lengths": _floats((n for item in items for n in item.lengths), device),
         "group": torch.tensor([g for g, item in enumerate(items) for _ in item.lengths], device=device),
@@ -279,7 +283,7 @@ def gather(items: Seq[Item], names: set[str], device: torch.device) -> dict[str,
         out[name] = targets.tensor(name, values, device, len(out["lengths"]))
     for name in names & {"ref_logps", "ref_per_token_logps", "old_per_token_logps"}:
         if items and all(getattr(item, name) for item in items):
-            out[name] = _floats((value for item in items for value in getattr(item, name)), device)
+            out[name] = _floats((value for item in items for value in getattr(item, name)), device, logps)
     return out
 
 
@@ -298,8 +302,8 @@ def items_digest(items: Iterable[Item]) -> str:
     return digest(state.hexdigest())
 
 
-def _floats(values: Any, device: torch.device) -> Tensor:
-    return torch.tensor(list(values), dtype=torch.float32, device=device)
+def _floats(values: Any, device: torch.device, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.tensor(list(values), dtype=dtype, device=device)
 
 
 def _refuse_equal_pairs(group: CompletionGroup, tokens: TokenizedGroup) -> None:

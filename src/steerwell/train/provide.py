@@ -74,7 +74,9 @@ class Provider:
 
     def targets(self, items: Sequence[Item]) -> dict[str, Tensor]:
         """What the items hold, as tensors; enough to count denominators before any forward pass."""
-        return gather(items, set(self.names), self.device)
+        # A sum over a completion, rounded to float32, is off by a millionth of a nat: too much beside float64.
+        fine = torch.float64 if self.precision == "float64" else torch.float32
+        return gather(items, set(self.names), self.device, fine)
 
     def tensors(self, items: Sequence[Item], targets: dict[str, Tensor]) -> dict[str, Tensor]:
         """The targets and everything that takes a forward pass, for one micro-batch."""
