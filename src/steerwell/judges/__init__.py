@@ -10,6 +10,7 @@ from steerwell.judges.llm import PairwiseJudge, pairwise
 from steerwell.judges.refusal import RefusalJudge, refusal, refusal_kind
 from steerwell.judges.reward_model import RewardModelJudge, reward_model
 from steerwell.judges.rules import RulesJudge, rules
+from steerwell.judges.scored import ScoredJudge, scored
 
 __all__ = [
     "KINDS",
@@ -18,10 +19,12 @@ __all__ = [
     "RefusalJudge",
     "RewardModelJudge",
     "RulesJudge",
+    "ScoredJudge",
     "pairwise",
     "parse",
     "refusal",
     "refusal_kind",
     "reward_model",
     "rules",
+    "scored",
 ]
