@@ -166,6 +166,8 @@ def catalogue() -> dict[str, tuple[str, str]]:
         "rules": judges.rules,
         "refusal": judges.RefusalJudge.__call__,
         "openai": judges.pairwise,
+        "verifier": judges.verifier,
+        "scored": judges.scored,
     }
     found: dict[str, tuple[str, str]] = {
         name: ("metric", f"{name}: {text}") for name, text in METRICS.items()

@@ -19,7 +19,15 @@ if TYPE_CHECKING:
 
 PER_SAVE = 256  # completions that are sampled before they are written down
 # Groups that a judge sees before its verdicts are written down, by kind of judge: fewer where each is dear.
-GROUPS_PER_SAVE = {"openai": 8, "rm": 64, "rules": 256, "refusal": 256, "world": 256}
+GROUPS_PER_SAVE = {
+    "openai": 8,
+    "scored": 4,
+    "rm": 64,
+    "verifier": 64,
+    "rules": 256,
+    "refusal": 256,
+    "world": 256,
+}
 
 
 @app.command(
@@ -115,7 +123,9 @@ def judge(
     by: Annotated[
         str,
         typer.Option(
-            "--with", metavar="JUDGE", help="rm:DIR, rules:max_words:50, refusal, openai:MODEL, world:gold."
+            "--with",
+            metavar="JUDGE",
+            help="rm:DIR, verifier:DIR, rules:max_words:50, refusal, openai:MODEL, scored:openai:MODEL, world:gold.",
         ),
     ],
     split: Annotated[str | None, typer.Option("--split", help="Only this split.")] = None,
@@ -126,6 +136,9 @@ def judge(
     base_url: Annotated[
         str, typer.Option("--base-url", metavar="URL", help="openai: a server of your own.")
     ] = "",
+    question: Annotated[
+        str, typer.Option("--question", help="verifier: what is asked, as it was in training.")
+    ] = "",
     as_json: show.AsJson = False,
 ) -> None:
     """Have a judge look at the completions of a store; its verdicts are added as evidence.
@@ -133,7 +146,7 @@ def judge(
     What this judge has decided already is not asked again; what failed is. An interrupted command goes on
     where it stopped. Nothing is overwritten.
     """
-    settings: dict[str, Any] = {"base_url": base_url}
+    settings: dict[str, Any] = {"base_url": base_url, "question": question}
     settings["criteria"] = words.names(criteria, "criterion") if criteria else []
     with words.existing_store(store) as opened:
         groups = [group for group in opened.groups(split=split) if group.completions][:limit]

@@ -152,8 +152,10 @@ def judge(word: str, **settings: Any) -> Judge:
     if word.partition(":")[0] not in judges.KINDS:
         known = [*(f"{kind}:…" if kind != "refusal" else kind for kind in judges.KINDS), "world:gold"]
         raise InputError(f"unknown judge {word!r}", mend=nearest(word, known))
-    if word.startswith("rm:"):
+    if word.startswith(("rm:", "verifier:")):
         prepare_torch()
+    if word.startswith("verifier:world:"):
+        word = "verifier:" + model_path(word.removeprefix("verifier:"))
     return judges.parse(word, **{k: v for k, v in settings.items() if v})
 
 
