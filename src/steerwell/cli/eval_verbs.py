@@ -152,11 +152,16 @@ def catalogue() -> dict[str, tuple[str, str]]:
     found: dict[str, tuple[str, str]] = {
         name: ("metric", f"{name}: {text}") for name, text in METRICS.items()
     }
-    found |= {name: ("task", _described(name, text, named(name))) for name, text in NAMES.items()}
+    found |= {name: ("task", _task(name, text, named(name))) for name, text in NAMES.items()}
     found |= {name: ("rule", _described(name, "", rule)) for name, rule in RULES.items()}
     found |= {name: ("judge", _described(name, judges.KINDS[name], make)) for name, make in makers.items()}
     found |= dict.fromkeys([*objectives.TABLE, *objectives.MIXTURES], ("objective", ""))
     return found
+
+
+def _task(name: str, line: str, make: Any) -> str:
+    """A task with what its file says at the top: the formulas, and where we differ from the authors."""
+    return f"{_described(name, line, make)}\n\n{inspect.getdoc(inspect.getmodule(make)) or ''}"
 
 
 def _described(name: str, line: str, thing: Any) -> str:
