@@ -65,6 +65,44 @@ METRICS: dict[str, str] = {
     "pair_accuracy": (
         "Share of held-out pairs that are ordered as the annotators ordered them; ties count half."
     ),
+    "rm_accuracy": (
+        "Share of held-out pairs whose preferred completion scores higher; ties count half. By slice: "
+        "rm_accuracy/length=…, /votes=…, /domain=…, /source=…, /chosen_from=…. Read it beside rm_ceiling."
+    ),
+    "longer_wins": "Share of pairs whose preferred completion has more words: what 'take the longer' would get.",
+    "shorter_wins": "Share of pairs whose preferred completion has fewer words.",
+    "rm_over_length": (
+        "rm_accuracy less the accuracy of the better length rule on the same pairs. At 0 the model may know "
+        "nothing but length."
+    ),
+    "rm_ceiling": (
+        "The accuracy of a model that knows which side most annotators would prefer: the labels are noisy, so no "
+        "model can pass it in expectation. From votes of several annotators on one pair; without any it can't be "
+        "known. rm_ceiling/one_vote is for labels of a single vote."
+    ),
+    "rm_agreement": "How often two annotators of a pair agree. Less than rm_ceiling: both are noisy.",
+    "rm_ece": (
+        "Calibration error: mean distance between confidence, sigmoid(|margin| / temperature), and how often the "
+        "model is right, in bins of equally many pairs. Never 0 on few pairs: see rm_ece/by_chance. "
+        "rm_ece/fitted is with a temperature from the other half of the prompts."
+    ),
+    "rm_brier": "Mean (P(preferred wins) − label)². 0.25 is a coin, 0 certain and right.",
+    "rm_temperature": (
+        "The temperature at which sigmoid(margin / temperature) fits the labels best. Above 1 the margins promise "
+        "too much."
+    ),
+    "rm_reliability": "How often the model is right in one bin of confidence; the notes give the confidence.",
+    "probe": (
+        "How often the model prefers a completion that was spoilt in a known way to the good one it was made from: "
+        "empty, repeated, looped, truncated, flattering, boasting, keywords, boilerplate. Should be near 0."
+    ),
+    "bon_gold": (
+        "The score, by another judge, of the best of n completions as the model picks it; exact over all choices "
+        "of n. n=1 is a random one."
+    ),
+    "bon_oracle": "The same, picked by that score itself: the most that best of n can reach.",
+    "bon_recovered": "(model − random) / (oracle − random) at the largest n: the share of what can be gained.",
+    "bon_kl_bound": "log n − (n − 1)/n nats: best of n is no farther than this from the policy that was sampled.",
     "gold": "True worth of a completion in the embedded world, where it is known. Higher is better.",
     "fact_accuracy": (
         "Share of fact questions of the embedded world answered with the right value and no wrong one."
