@@ -5,6 +5,7 @@ soft      pairs with the share of votes as probability
 mean      scores, the mean of each completion's scores
 labels    labels, by most votes (or from preferences)
 ranks     ranks, by the votes that each completion wins against the others of its prompt
+step_labels  a probability for each step, by the votes on it
 
 Each returns a list of groups with a ``.report`` of what was counted. An annotation without a verdict never
 counts as anything. Groups that get no target are left out, and the report says how many. The inputs are not
@@ -15,68 +16,17 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import replace
 from typing import Any, Literal
 
 from steerwell.data.errors import InputError
 from steerwell.data.evidence import comparisons
+from steerwell.data.resolve_report import Resolved, ResolveReport
+from steerwell.data.steps import given_ends
 from steerwell.data.types import Annotation, CompletionGroup, Pair
 
 Ties = Literal["drop", "half"]
-
-
-@dataclass
-class ResolveReport:
-    """What was counted. Annotations are counted once for each group that they are about."""
-
-    rule: str
-    groups: int = 0  # given
-    resolved: int = 0  # with a target
-    used: int = 0  # annotations that gave a vote
-    no_verdict: int = 0  # annotations that failed or were skipped
-    both_bad: int = 0  # annotations that prefer neither, as both are bad: no vote
-    across: int = 0  # annotations that compare completions of different prompts: no vote
-    equal_texts: int = 0  # comparisons of two samples with the same text: no vote
-    ties: int = 0  # votes that are a tie
-    undecided: int = 0  # pairs or completions with as many votes for as against
-    too_few: int = 0  # pairs or completions with fewer than min_votes votes
-    disagreements: int = 0  # pairs or completions with votes both ways
-    pairs: int = 0
-    scores: int = 0
-    labels: int = 0
-    ranks: int = 0
-
-    def to_dict(self) -> dict[str, Any]:
-        """All counts by name."""
-        return asdict(self)
-
-    def __str__(self) -> str:
-        made = ", ".join(
-            f"{n} {w}" for w in ("pairs", "scores", "labels", "ranks") if (n := getattr(self, w))
-        )
-        words = {
-            "no_verdict": "without a verdict",
-            "both_bad": "both bad",
-            "across": "across prompts",
-            "equal_texts": "comparisons of equal texts",
-            "ties": "tied votes",
-            "undecided": "undecided",
-            "too_few": "with too few votes",
-            "disagreements": "disagreements",
-        }
-        rest = [f"{n} {word}" for key, word in words.items() if (n := getattr(self, key))]
-        head = f"{self.rule}: {made or 'no targets'} from {self.used} annotations"
-        return "; ".join([f"{head} in {self.resolved} of {self.groups} groups", *rest])
-
-
-class Resolved(list[CompletionGroup]):
-    """The groups that got a target, with the ``report`` of how."""
-
-    report: ResolveReport
-
-    def __init__(self, groups: Iterable[CompletionGroup], report: ResolveReport) -> None:
-        super().__init__(groups)
-        self.report = report
+AfterError = Literal["keep", "drop", "wrong"]
 
 
 def majority(
@@ -246,6 +196,99 @@ def ranks(
     return Resolved(result, report)
 
 
+def step_labels(
+    groups: Iterable[CompletionGroup],
+    *,
+    annotations: Iterable[Annotation] | None = None,
+    min_votes: int = 1,
+    criterion: str | None = None,
+    votes: Literal["mean", "majority"] = "mean",
+    after_first_error: AfterError = "keep",
+) -> Resolved:
+    """Steps with labels: the mean of the verdicts on each step (right is 1, wrong 0), or with ``votes="majority"``
+    1 or 0 by most of them, a verdict of exactly 0.5 being for neither side. None where fewer than ``min_votes`` gave a
+    verdict, and where a majority is undecided.
+
+    A completion gets the steps that most of its annotations cut it into. ``after_first_error`` says what becomes of
+    the labels behind the first one below 0.5: they stay ("keep"), are None ("drop": nobody can say what a step is
+    worth that builds on a wrong one; annotators of PRM800K stopped there), or are 0 ("wrong").
+    """
+    _check(min_votes)
+    if votes not in ("mean", "majority"):
+        raise InputError(f"unknown count of votes {votes!r}", mend="Write 'mean' or 'majority'.")
+    if after_first_error not in ("keep", "drop", "wrong"):
+        raise InputError(
+            f"unknown after_first_error {after_first_error!r}", mend="Write 'keep', 'drop' or 'wrong'."
+        )
+    report = ResolveReport("step_labels")
+    result = []
+    for group, cuts, verdicts in _step_verdicts(groups, annotations, criterion, report):
+        decided = [
+            None if own is None else _after_error(_decided(own, votes, min_votes, report), after_first_error)
+            for own in verdicts
+        ]
+        made = sum(label is not None for own in decided for label in own or ())
+        if made:
+            report.step_labels += made
+            report.resolved += 1
+            result.append(replace(group, steps=tuple(cuts), step_labels=tuple(decided)))
+    return Resolved(result, report)
+
+
+def _decided(
+    verdicts: Sequence[Sequence[float]], votes: str, min_votes: int, report: ResolveReport
+) -> tuple[float | None, ...]:
+    found: list[float | None] = []
+    for own in verdicts:
+        if votes == "majority":
+            label = _label([v > 0.5 for v in own if v != 0.5], min_votes, report)
+            found.append(None if label is None else float(label))
+            continue
+        report.disagreements += len({v > 0.5 for v in own if v != 0.5}) > 1
+        report.too_few += 0 < len(own) < min_votes
+        found.append(sum(own) / len(own) if len(own) >= min_votes else None)
+    return tuple(found)
+
+
+def _after_error(labels: tuple[float | None, ...], rule: AfterError) -> tuple[float | None, ...]:
+    first = next((i for i, label in enumerate(labels) if label is not None and label < 0.5), len(labels))
+    if rule == "keep":
+        return labels
+    return labels[: first + 1] + (None if rule == "drop" else 0.0,) * (len(labels) - first - 1)
+
+
+def _step_verdicts(
+    groups: Iterable[CompletionGroup],
+    annotations: Iterable[Annotation] | None,
+    criterion: str | None,
+    report: ResolveReport,
+) -> Iterator[tuple[CompletionGroup, list[Any], list[list[list[float]] | None]]]:
+    """Each group with the ends of its completions' steps and the verdicts on each step (None: no annotation)."""
+    for group in _with_evidence(groups, annotations):
+        report.groups += 1
+        said = [
+            a
+            for a in group.annotations
+            if a.kind == "steps" and (criterion is None or a.criterion == criterion)
+        ]
+        cuts = given_ends(group, said)
+        position = {c.id: k for k, c in enumerate(group.completions)}
+        verdicts = [None if ends is None else [[] for _ in ends] for ends in cuts]
+        for annotation in said:
+            at = position.get(annotation.completions[0])
+            report.no_verdict += annotation.value is None
+            if at is None or annotation.value is None:
+                continue
+            if tuple(end for end, _ in annotation.value) != cuts[at]:
+                report.other_cuts += 1
+                continue
+            report.used += 1
+            for step, (_, verdict) in zip(verdicts[at] or (), annotation.value, strict=True):
+                if verdict is not None:
+                    step.append(float(verdict))
+        yield group, cuts, verdicts
+
+
 def _check(min_votes: int, *, ties: str = "drop", pairs: str = "all") -> None:
     if min_votes < 1:
         raise InputError(f"min_votes must be at least 1, got {min_votes}", mend="1 takes every vote.")
@@ -365,4 +408,4 @@ def _values(
         yield group, values
 
 
-__all__ = ["ResolveReport", "Resolved", "labels", "majority", "mean", "ranks", "soft"]
+__all__ = ["ResolveReport", "Resolved", "labels", "majority", "mean", "ranks", "soft", "step_labels"]
