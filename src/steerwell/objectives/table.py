@@ -7,7 +7,7 @@ keys, help texts and documents come from the signature. It returns ``(losses, me
 The decorator :func:`objective` only notes a few facts on the function and enters it in :data:`TABLE`.
 Everything else here reads signatures and docstrings.
 
-Shape letters: N completions, S scored tokens, M pairs, R figures that are carried along.
+Shape letters: N completions, S scored tokens, M pairs, U steps, R figures that are carried along.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from torch import Tensor
 
 from steerwell.objectives.mixtures import MIXTURES, mixture_page
 
-Unit = Literal["pair", "completion", "token"]
+Unit = Literal["pair", "completion", "token", "step"]
 Kind = Literal["policy", "reward", "policy_gradient"]
 Metrics = dict[str, Tensor]
 
@@ -77,21 +77,28 @@ TENSORS: dict[str, TensorFacts] = {
     "token_weights": TensorFacts(("S",), torch.float32, "given weight of each scored token"),
     "turns": TensorFacts(("S",), torch.long, "which of the assistant's turns in its completion, from 0"),
     "steps": TensorFacts(("S",), torch.long, "which step of its completion a scored token is of, from 0"),
+    "step_scores": TensorFacts(("U",), torch.float32, "log-odds that a step is right, by the reward model"),
+    "step_owner": TensorFacts(("U",), torch.long, "which completion a step belongs to"),
+    "step_labels": TensorFacts(
+        ("U",), torch.float32, "probability that the step is right, NaN where there is no label"
+    ),
     "shared_tokens": TensorFacts(
         ("M",), torch.long, "how many scored tokens both completions of the pair begin with"
     ),
     "running": TensorFacts(("R",), torch.float32, "figures that the objective carries from step to step"),
 }
-UNIT_LETTER: dict[str, str] = {"pair": "M", "completion": "N", "token": "S"}
+UNIT_LETTER: dict[str, str] = {"pair": "M", "completion": "N", "token": "S", "step": "U"}
 DEFAULT_REDUCTION: dict[str, str] = {
     "pair": "pair_mean",
     "completion": "completion_mean",
     "token": "token_mean",
+    "step": "step_mean",
 }
 UNIT_REDUCTIONS: dict[str, tuple[str, ...]] = {
     "pair": ("pair_mean",),
     "completion": ("completion_mean",),
     "token": ("token_mean", "sequence_mean", "sequence_sum"),
+    "step": ("step_mean", "step_sequence_mean"),
 }
 
 
