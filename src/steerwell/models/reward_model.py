@@ -17,6 +17,7 @@ import torch
 from transformers import AutoModelForSequenceClassification, PreTrainedTokenizerBase
 
 from steerwell.data.errors import InputError, nearest
+from steerwell.data.steps import SEPARATOR
 from steerwell.data.types import CompletionGroup
 from steerwell.models.adapters import (
     AdapterKind,
@@ -32,6 +33,7 @@ from steerwell.models.directory import read_json, remembered_digest, save_direct
 from steerwell.models.forward import Pooling, reward_scores
 from steerwell.models.load import MAX_TOKENS, Policy, by_group, evaluating, load_parts, name_of
 from steerwell.models.render import TokenizedGroup, ending, tokenize_groups
+from steerwell.models.step_scores import aggregate, check_aggregate, step_logits
 
 SCORING_FILE = "steerwell_scoring.json"
 POOLINGS = ("last", "mean")
@@ -39,17 +41,29 @@ POOLINGS = ("last", "mean")
 
 @dataclass(frozen=True)
 class ScoringRecipe:
-    """How raw outputs become scores: which states are read, and ``(raw - mean) / std``."""
+    """How raw outputs become scores: which states are read, and ``(raw - mean) / std``.
+
+    With ``aggregate`` (min, prod or last) the raw score is made of those of the completion's steps, as
+    ``step_separator`` cuts them: the model is a process reward model. See :mod:`steerwell.models.step_scores`.
+    """
 
     pooling: Pooling = "last"
     mean: float = 0.0
     std: float = 1.0
+    aggregate: str | None = None
+    step_separator: str = SEPARATOR
 
     def __post_init__(self) -> None:
         if self.pooling not in POOLINGS:
             raise InputError(f"unknown pooling {self.pooling!r}", mend=nearest(str(self.pooling), POOLINGS))
+        check_aggregate(self.aggregate)
         if not self.std > 0:
             raise InputError(f"the scale of scores must be positive, got {self.std}", mend="Use std=1.0.")
+
+    def facts(self) -> dict[str, Any]:
+        """What counts: without what is said of steps where none are scored."""
+        steps = ("aggregate", "step_separator") if self.aggregate is None else ()
+        return {name: value for name, value in asdict(self).items() if name not in steps}
 
 
 @dataclass(eq=False)
@@ -91,7 +105,7 @@ class RewardModel:
     def digest(self) -> str:
         """Identity of the weights and the recipe."""
         self._digest = remembered_digest(self.model, self._digest)
-        words = json.dumps(asdict(self.recipe), sort_keys=True)
+        words = json.dumps(self.recipe.facts(), sort_keys=True)
         return hashlib.blake2b((self._digest[1] + words).encode(), digest_size=12).hexdigest()
 
     def tokenize(
@@ -103,6 +117,12 @@ class RewardModel:
     @torch.no_grad()
     def score(self, groups: Iterable[CompletionGroup], *, max_tokens: int = MAX_TOKENS) -> list[list[float]]:
         """The score of every completion, one list per group; the same whatever else is in the batch."""
+        if self.recipe.aggregate is not None:
+            raw = [
+                [aggregate(self.recipe.aggregate, steps) for steps in own]
+                for own in self._step_logits(groups, max_tokens)
+            ]
+            return [[(x - self.recipe.mean) / self.recipe.std for x in scores] for scores in raw]
         with evaluating(self.model):
             raw = by_group(
                 self.tokenize(groups),
@@ -112,9 +132,38 @@ class RewardModel:
             )
         return [[(x - self.recipe.mean) / self.recipe.std for x in scores] for scores in raw]
 
+    def score_steps(
+        self, groups: Iterable[CompletionGroup], *, max_tokens: int = MAX_TOKENS
+    ) -> list[list[list[float]]]:
+        """The probability that each step of every completion is right: lists of completions of steps, one per group.
+
+        Steps are the group's ``steps``, or as the recipe's ``step_separator`` cuts. Raises :class:`InputError` for a
+        model that has learnt nothing about steps.
+        """
+        if self.recipe.aggregate is None:
+            raise InputError(
+                f"{self.name} is no process reward model: it scores whole completions",
+                mend='Train one: a recipe with objective = "process_reward".',
+            )
+        found = self._step_logits(groups, max_tokens)
+        return [
+            [torch.tensor(steps, dtype=torch.float64).sigmoid().tolist() for steps in own] for own in found
+        ]
+
+    def _step_logits(self, groups: Iterable[CompletionGroup], max_tokens: int) -> list[list[list[float]]]:
+        with evaluating(self.model):
+            return step_logits(
+                self.model,
+                self.tokenizer,
+                groups,
+                self.tokenize,
+                max_tokens=max_tokens,
+                separator=self.recipe.step_separator,
+            )
+
     def save(self, path: str | Path) -> Path:
         """Write a complete model directory with its scoring recipe; see :meth:`Policy.save`."""
-        recipe = json.dumps({"version": 1, **asdict(self.recipe)}, indent=2) + "\n"
+        recipe = json.dumps({"version": 1, **self.recipe.facts()}, indent=2) + "\n"
         return save_directory(merged(self.model), self.tokenizer, Path(path), {SCORING_FILE: recipe})
 
     def copy(self) -> RewardModel:

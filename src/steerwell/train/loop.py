@@ -176,6 +176,9 @@ def _check(policy: Any, order: _Order, evaluated: bool) -> None:
         raise InputError(f"{terms[0].name} takes no reference", mend="Leave reference out.")
     if isinstance(policy, RewardModel) and "pooling" in order.config.model_fields_set:
         raise InputError("a reward model keeps its pooling", mend="Leave pooling out.")
+    if isinstance(policy, RewardModel) and policy.recipe.aggregate is not None:
+        for name in sorted({"aggregate", "step_separator"} & order.config.model_fields_set):
+            raise InputError(f"a process reward model keeps its {name}", mend=f"Leave {name} out.")
     if isinstance(policy, RewardModel) and terms[0].kind != "reward":
         raise InputError(f"{terms[0].name} trains a policy, and a reward model was given")
     if order.adapter is not None and not isinstance(policy, str | Path):
@@ -212,6 +215,9 @@ def _refuse_unused(
         raise InputError("watch_every is given without watch", mend="Give watch=callable.")
     if "pooling" in given and terms[0].kind != "reward":
         raise InputError(f"pooling is not used by {terms[0].name}", mend="It is a setting of reward models.")
+    for name, wanted in (("aggregate", "step_scores"), ("step_separator", "steps")):
+        if name in given and wanted not in needed(terms):
+            raise InputError(f"{name} is not used by {terms[0].name}", mend="It is for objectives of steps.")
 
 
 def _train(policy: Any, order: _Order, folder: RunDir, ranks: Ranks) -> Model:
@@ -380,6 +386,8 @@ def _prepared(
     """
     if not groups:
         return Prepared([], {})
+    own = given.recipe if isinstance(given, RewardModel) else None
+    separator = own.step_separator if own is not None and own.aggregate is not None else config.step_separator
     data = prepare(
         groups,
         order.terms,
@@ -389,6 +397,7 @@ def _prepared(
         order.progress,
         into=into,
         context=context_of(given.model),
+        step_separator=separator,
     )
     stops = given.stop_ids if isinstance(given, Policy) else stop_tokens(given.tokenizer)
     ends = check_ends(data.items, given.tokenizer, stops, learns=order.terms[0].kind != "reward")

@@ -21,6 +21,7 @@ from steerwell.models.forward import Pooling, per_token_logps, reward_scores, su
 from steerwell.models.render import Sequence as TokenSequence
 from steerwell.models.render import TokenizedGroup
 from steerwell.models.sharding import inside
+from steerwell.models.step_scores import step_scores
 from steerwell.train.item_file import keep_reference
 from steerwell.train.items import Item, gather, scored_tokens
 from steerwell.train.ranks import ALONE, Ranks
@@ -81,7 +82,10 @@ class Provider:
         batch = self._build(items)
         out = dict(targets)
         if self.scoring:
-            out["scores"] = reward_scores(self.model, batch, self.pooling)
+            if "step_scores" in self.names:
+                out["step_scores"], _ = step_scores(self.model, batch, targets["steps"])
+            if "scores" in self.names or "step_scores" not in self.names:
+                out["scores"] = reward_scores(self.model, batch, self.pooling)
             return out
         logps = (
             self._policy(batch, out) if self.names & DISTRIBUTION_NAMES else self._logps(self.model, batch)

@@ -27,6 +27,7 @@ RULES: dict[str, Callable[..., resolve.Resolved]] = {
     "mean": resolve.mean,
     "labels": resolve.labels,
     "ranks": resolve.ranks,
+    "step_labels": resolve.step_labels,
 }
 SQLITE = b"SQLite format 3\x00"
 
@@ -185,6 +186,8 @@ def _rules_for(groups: Sequence[CompletionGroup], terms: Sequence[Term]) -> list
         rules.append("labels")
     if "ranks" in names and not any(group.ranks is not None for group in groups):
         rules.append("ranks")
+    if "step_labels" in names and not any(group.step_labels is not None for group in groups):
+        rules.append("step_labels")
     scored = {"rewards", "advantages"} | ({"scores"} if terms[0].kind != "reward" else set())
     if names & scored and not any(group.scores is not None for group in groups):
         rules.append("mean")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from steerwell.train.precision import dtype_of, in_dtype, keep_fine, resolved_dt
 from steerwell.train.ranks import Ranks, current, mesh
 from steerwell.train.reference import Reference, base_digest
 from steerwell.train.sources import derived_seed
-from steerwell.train.terms import Term
+from steerwell.train.terms import Term, needed
 
 Model = Policy | RewardModel
 
@@ -44,6 +44,8 @@ def completed(config: TrainConfig, terms: Sequence[Term], given: Model) -> Train
     if config.learning_rate is None:
         factor = LORA_FACTOR if hasattr(given.model, "peft_config") else 1.0
         found["learning_rate"] = LEARNING_RATES[_kind(terms)] * factor
+    if config.aggregate is None and "step_scores" in needed(terms) and "scores" not in needed(terms):
+        found["aggregate"] = "min"
     return config.model_copy(update=found)
 
 
@@ -65,7 +67,7 @@ def start_digest(given: Model) -> str:
     rest = [(name, p) for name, p in given.model.named_parameters() if "lora_" not in name]
     shapes = [[n, list(p.shape)] for n, p in given.model.named_parameters() if "lora_" in n]
     plain = {f"p{i:06d}": parameter.detach() for i, (_, parameter) in enumerate(rest)}
-    recipe = asdict(given.recipe) if isinstance(given, RewardModel) else None
+    recipe = given.recipe.facts() if isinstance(given, RewardModel) else None
     return digest(weights_digest(plain), [name for name, _ in rest], shapes, scalings(given.model), recipe)
 
 
@@ -77,6 +79,9 @@ def to_train(given: Model, reward: bool, owned: bool, config: TrainConfig) -> Mo
         trained: Model = RewardModel.from_policy(given, pooling=config.pooling)
     else:
         trained = given if owned else given.copy()
+    if isinstance(trained, RewardModel) and config.aggregate is not None and trained.recipe.aggregate is None:
+        steps = {"aggregate": config.aggregate, "step_separator": config.step_separator}
+        trained.recipe = replace(trained.recipe, **steps)
     if fresh_adapter(trained.model):
         generator = torch.Generator().manual_seed(derived_seed(config.seed, "adapter", 0))
         with torch.no_grad():
