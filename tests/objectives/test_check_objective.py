@@ -258,8 +258,8 @@ def test_the_failure_lists_every_check_and_why() -> None:
 def test_every_objective_of_the_table_passes_all_that_applies(name: str) -> None:
     """At its defaults; objectives that come later are covered too."""
     fn = TABLE[name]
-    paired = fn.mask or "pairs" in (*needs(fn), *optional(fn))
-    applies = {"microbatches": fn.decomposable, "removal": paired, "gradcheck": not fn.surrogate}
+    paired = fn.mask or {"pairs", "step_labels"} & {*needs(fn), *optional(fn)}
+    applies = {"microbatches": fn.decomposable, "removal": bool(paired), "gradcheck": not fn.surrogate}
     assert set(check_objective(name)) == ALL - {check for check, does in applies.items() if not does}
 
 

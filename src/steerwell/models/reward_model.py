@@ -44,6 +44,7 @@ from steerwell.models.scoring import (
     made_for,
     read_recipe,
 )
+from steerwell.models.step_scores import aggregate, step_logits
 
 
 @dataclass(eq=False)
@@ -106,6 +107,12 @@ class RewardModel:
     @torch.no_grad()
     def score(self, groups: Iterable[CompletionGroup], *, max_tokens: int = MAX_TOKENS) -> list[list[float]]:
         """The score of every completion, one list per group; the same whatever else is in the batch."""
+        if self.recipe.aggregate is not None:
+            raw = [
+                [aggregate(self.recipe.aggregate, steps) for steps in own]
+                for own in self._step_logits(groups, max_tokens)
+            ]
+            return [[(x - self.recipe.mean) / self.recipe.std for x in scores] for scores in raw]
 
         def values(batch: Any) -> torch.Tensor:
             return combined(*self._read(batch, gated=self.recipe.gate))
@@ -128,6 +135,35 @@ class RewardModel:
             raw = by_group(self.tokenize(groups), values, self.model, max_tokens)
         names = self.recipe.outputs
         return [[dict(zip(names, row, strict=True)) for row in rows] for rows in raw]  # type: ignore[arg-type]
+
+    def score_steps(
+        self, groups: Iterable[CompletionGroup], *, max_tokens: int = MAX_TOKENS
+    ) -> list[list[list[float]]]:
+        """The probability that each step of every completion is right: lists of completions of steps, one per group.
+
+        Steps are the group's ``steps``, or as the recipe's ``step_separator`` cuts. Raises :class:`InputError` for a
+        model that has learnt nothing about steps.
+        """
+        if self.recipe.aggregate is None:
+            raise InputError(
+                f"{self.name} is no process reward model: it scores whole completions",
+                mend='Train one: a recipe with objective = "process_reward".',
+            )
+        found = self._step_logits(groups, max_tokens)
+        return [
+            [torch.tensor(steps, dtype=torch.float64).sigmoid().tolist() for steps in own] for own in found
+        ]
+
+    def _step_logits(self, groups: Iterable[CompletionGroup], max_tokens: int) -> list[list[list[float]]]:
+        with evaluating(self.model):
+            return step_logits(
+                self.model,
+                self.tokenizer,
+                groups,
+                self.tokenize,
+                max_tokens=max_tokens,
+                separator=self.recipe.step_separator,
+            )
 
     def _read(self, batch: Any, *, gated: bool = False) -> tuple[torch.Tensor, ScoringRecipe, Any]:
         found, gate = head_outputs(self.model, batch, self.recipe.pooling, gated=gated)

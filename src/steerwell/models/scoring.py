@@ -17,8 +17,10 @@ from typing import Any, Literal
 from torch import Tensor
 
 from steerwell.data.errors import InputError, nearest
+from steerwell.data.steps import SEPARATOR
 from steerwell.models.forward import Pooling
 from steerwell.models.render import ending
+from steerwell.models.step_scores import check_aggregate
 
 SCORING_FILE = "steerwell_scoring.json"
 VERSION = 2
@@ -29,7 +31,6 @@ HEADS: dict[str, str] = {
     "quantiles": "quantiles of the score",
     "members": "members of an ensemble",
     "quality_length": "quality, and what length explains",
-    "steps": "one logit for each step",
 }
 COMBINATIONS = ("mean", "min", "uwo")
 Combination = Literal["mean", "min", "uwo"]
@@ -46,6 +47,8 @@ class ScoringRecipe:
     ``uwo``, mean - penalty * variance over the members (arXiv:2310.02743, sections 3.2 and 3.3; the variance divides
     by their number). A score is ``(combined - mean) / std``. temperature: s((a - b) / temperature) is the probability
     that a completion of score a is preferred to one of score b. cutpoints: of the model's ``ordinal`` objective.
+    aggregate: how a process reward model makes one score of those of the completion's steps (min, prod or last; see
+    :mod:`steerwell.models.step_scores`), as ``step_separator`` cuts them; None: whole completions are scored.
     template, stop: digest of the chat template and the token that ends a turn, as in training; empty: not recorded.
     """
 
@@ -60,6 +63,8 @@ class ScoringRecipe:
     penalty: float = 0.5
     temperature: float = 1.0
     cutpoints: tuple[float, ...] | None = None
+    aggregate: str | None = None
+    step_separator: str = SEPARATOR
     template: str = ""
     stop: str = ""
 
@@ -72,6 +77,7 @@ class ScoringRecipe:
             value = str(getattr(self, name))
             if value not in known:
                 raise InputError(f"unknown {name} {value!r}", mend=nearest(value, known))
+        check_aggregate(self.aggregate)
         if not self.std > 0:
             raise InputError(f"the scale of scores must be positive, got {self.std}", mend="Use std=1.0.")
         if not self.temperature > 0:
@@ -86,8 +92,10 @@ class ScoringRecipe:
         return json.dumps({"version": VERSION, **asdict(self)}, indent=2) + "\n"
 
     def digest(self) -> str:
-        """A hash of all that it says."""
-        return hashlib.blake2b(json.dumps(asdict(self), sort_keys=True).encode(), digest_size=12).hexdigest()
+        """A hash of all that it says. A name that is new and at its default changes nothing."""
+        plain = {field.name: field.default for field in fields(self)}
+        kept = {name: value for name, value in asdict(self).items() if value != plain[name]}
+        return hashlib.blake2b(json.dumps(kept, sort_keys=True).encode(), digest_size=12).hexdigest()
 
 
 def read_recipe(given: Mapping[str, Any], file: str | Path) -> ScoringRecipe:

@@ -81,6 +81,15 @@ class TrainConfig(BaseModel):
         default=False,
         description="of a reward model: the temperature of its probabilities, fitted to the evaluation pairs",
     )
+    aggregate: Literal["min", "prod", "last"] | None = Field(
+        default=None,
+        description="how a process reward model makes one score of its steps'; None: min, where steps alone are scored",
+    )
+    step_separator: str = Field(
+        default="\n\n",
+        min_length=1,
+        description="what parts the steps of completions that do not say their own",
+    )
     reference_cache: str = Field(
         default="auto", description="file of reference log-probs that runs share: auto, off or a path"
     )

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from steerwell.data.errors import InputError
 from steerwell.data.messages import digest
+from steerwell.data.steps import SEPARATOR, with_steps
 from steerwell.data.types import CompletionGroup
 from steerwell.models.batch import Layout, n_tokens
 from steerwell.models.render import (
@@ -80,9 +81,11 @@ def prepare(
     *,
     into: Any = None,
     context: int | None = None,
+    step_separator: str = SEPARATOR,
 ) -> Prepared:
     """Tokenise what the terms read, a slice of the groups at a time; each group is asked for once. A group that
-    ``max_length`` leaves nothing of to score is left out and counted.
+    ``max_length`` leaves nothing of to score is left out and counted. Completions without ``steps`` are cut by
+    ``step_separator``, where steps are asked for.
 
     The items go ``into`` what is given (an :class:`~steerwell.train.item_file.ItemFile`), else into a list.
     Raises :class:`InputError` when more than half of the groups cannot be used, for a pair of equal token
@@ -94,7 +97,10 @@ def prepare(
     too_long: InputError | None = None
     first: tuple[CompletionGroup, InputError] | None = None
     refused = done = 0
+    stepwise = "steps" in needed(terms)
     for part in _kept(groups, terms, account):
+        if stepwise:
+            part = [with_steps(group, step_separator) for group in part]
         for group, tokens in zip(part, tokenize_groups(tokenizer, part), strict=True):
             if max_length is not None and not truncate(tokens, max_length):
                 error = no_room(tokens, max_length)
@@ -103,7 +109,7 @@ def prepare(
                 error = _nothing_scored(tokens)
                 account.leave_out("a completion has no token to score")
             else:
-                item = _item(group, tokens, terms, layout)
+                item = _item(group, tokens, terms, layout, tokenizer)
                 too_long = too_long or _longer(item, context)
                 account.count(item)
                 items.append(item)
@@ -202,7 +208,9 @@ class _Account:
         }
 
 
-def _item(group: CompletionGroup, tokens: TokenizedGroup, terms: Seq[Term], layout: Layout) -> Item:
+def _item(
+    group: CompletionGroup, tokens: TokenizedGroup, terms: Seq[Term], layout: Layout, tokenizer: Any
+) -> Item:
     names = needed(terms)
     if any(term.kind == "reward" for term in terms):
         names -= {"scores"}  # the model's own
@@ -235,7 +243,7 @@ def _item(group: CompletionGroup, tokens: TokenizedGroup, terms: Seq[Term], layo
         demonstrations=demonstrations(group) if "demonstrations" in names else [],
         old_per_token_logps=old,
         finished=[completion.finished for completion in group.completions],
-        extra=targets.made(names, group, tokens),
+        extra=targets.made(names, group, tokens, tokenizer),
     )
 
 
@@ -281,6 +289,10 @@ def gather(
     for name in {name for name in names for item in items if name in item.extra}:
         values = (x for item in items for x in item.extra[name])
         out[name] = targets.tensor(name, values, device, len(out["lengths"]))
+    if "step_owner" in out:
+        counts = torch.tensor([len(item.extra["step_owner"]) for item in items], device=device)
+        before = torch.tensor([0, *(len(item.lengths) for item in items)], device=device).cumsum(0)[:-1]
+        out["step_owner"] = out["step_owner"] + before.repeat_interleave(counts)
     for name in names & {"ref_logps", "ref_per_token_logps", "old_per_token_logps"}:
         if items and all(getattr(item, name) for item in items):
             out[name] = _floats((value for item in items for value in getattr(item, name)), device, logps)

@@ -182,6 +182,9 @@ def _check(policy: Any, order: _Order, evaluated: bool) -> None:
         raise InputError(f"{terms[0].name} takes no reference", mend="Leave reference out.")
     if isinstance(policy, RewardModel) and "pooling" in order.config.model_fields_set:
         raise InputError("a reward model keeps its pooling", mend="Leave pooling out.")
+    if isinstance(policy, RewardModel) and policy.recipe.aggregate is not None:
+        for name in sorted({"aggregate", "step_separator"} & order.config.model_fields_set):
+            raise InputError(f"a process reward model keeps its {name}", mend=f"Leave {name} out.")
     if isinstance(policy, RewardModel) and terms[0].kind != "reward":
         raise InputError(f"{terms[0].name} trains a policy, and a reward model was given")
     if order.adapter is not None and not isinstance(policy, str | Path):
@@ -223,10 +226,18 @@ def _refuse_unused(
             raise InputError(
                 f"{name} is not used by {terms[0].name}", mend="It is a setting of reward models."
             )
+    if (config.normalise or config.calibrate) and "step_scores" in needed(terms):
+        raise InputError(
+            f"normalise and calibrate are not used by {terms[0].name}",
+            mend="Say model.normalised(groups) when it is trained.",
+        )
     if config.calibrate and not evaluated:
         raise InputError(
             "calibrate is given without eval_data", mend="Give held-out pairs: never those of training."
         )
+    for name, wanted in (("aggregate", "step_scores"), ("step_separator", "steps")):
+        if name in given and wanted not in needed(terms):
+            raise InputError(f"{name} is not used by {terms[0].name}", mend="It is for objectives of steps.")
 
 
 def _train(policy: Any, order: _Order, folder: RunDir, ranks: Ranks) -> Model:
@@ -395,6 +406,8 @@ def _prepared(
     """
     if not groups:
         return Prepared([], {})
+    own = given.recipe if isinstance(given, RewardModel) else None
+    separator = own.step_separator if own is not None and own.aggregate is not None else config.step_separator
     data = prepare(
         groups,
         order.terms,
@@ -404,6 +417,7 @@ def _prepared(
         order.progress,
         into=into,
         context=context_of(given.model),
+        step_separator=separator,
     )
     stops = given.stop_ids if isinstance(given, Policy) else stop_tokens(given.tokenizer)
     ends = check_ends(data.items, given.tokenizer, stops, learns=order.terms[0].kind != "reward")

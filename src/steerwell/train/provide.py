@@ -22,6 +22,7 @@ from steerwell.models.render import Sequence as TokenSequence
 from steerwell.models.render import TokenizedGroup
 from steerwell.models.scoring import ScoringRecipe, combined
 from steerwell.models.sharding import inside, whole
+from steerwell.models.step_scores import step_scores
 from steerwell.train.item_file import keep_reference
 from steerwell.train.items import Item, gather, scored_tokens
 from steerwell.train.ranks import ALONE, Ranks
@@ -83,7 +84,10 @@ class Provider:
         batch = self.batch(items)
         out = dict(targets)
         if self.scoring is not None:
-            out |= self.head_tensors(batch)
+            if "step_scores" in self.names:
+                out["step_scores"], _ = step_scores(self.model, batch, targets["steps"])
+            if not {"step_scores"} >= self.names & {"step_scores", "scores", "head_scores"}:
+                out |= self.head_tensors(batch)
             return out
         logps = (
             self._policy(batch, out) if self.names & DISTRIBUTION_NAMES else self._logps(self.model, batch)

@@ -29,6 +29,7 @@ RULES: dict[str, Callable[..., resolve.Resolved]] = {
     "ranks": resolve.ranks,
     "strengths": resolve.strengths,
     "attributes": resolve.attributes,
+    "step_labels": resolve.step_labels,
 }
 SQLITE = b"SQLite format 3\x00"
 
@@ -200,6 +201,8 @@ def _rules_for(groups: Sequence[CompletionGroup], terms: Sequence[Term]) -> list
         rules.append("labels")
     if "ranks" in names and not any(group.ranks is not None for group in groups):
         rules.append("ranks")
+    if "step_labels" in names and not any(group.step_labels is not None for group in groups):
+        rules.append("step_labels")
     scored = {"rewards", "advantages"} | ({"scores"} if terms[0].kind != "reward" else set())
     if names & scored and not any(group.scores is not None for group in groups):
         rules.append("mean")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from steerwell.train.precision import dtype_of, in_dtype, keep_fine, resolved_dt
 from steerwell.train.ranks import Ranks, current, mesh
 from steerwell.train.reference import Reference, base_digest
 from steerwell.train.sources import derived_seed
-from steerwell.train.terms import Term
+from steerwell.train.terms import Term, needed
 
 Model = Policy | RewardModel
 
@@ -45,6 +45,8 @@ def completed(config: TrainConfig, terms: Sequence[Term], given: Model) -> Train
     if config.learning_rate is None:
         factor = LORA_FACTOR if hasattr(given.model, "peft_config") else 1.0
         found["learning_rate"] = HEAD_RATE if config.train_only else LEARNING_RATES[_kind(terms)] * factor
+    if config.aggregate is None and "step_scores" in needed(terms) and "scores" not in needed(terms):
+        found["aggregate"] = "min"
     return config.model_copy(update=found)
 
 
@@ -66,7 +68,7 @@ def start_digest(given: Model) -> str:
     rest = [(name, p) for name, p in given.model.named_parameters() if "lora_" not in name]
     shapes = [[n, list(p.shape)] for n, p in given.model.named_parameters() if "lora_" in n]
     plain = {f"p{i:06d}": parameter.detach() for i, (_, parameter) in enumerate(rest)}
-    recipe = asdict(given.recipe) if isinstance(given, RewardModel) else None
+    recipe = given.recipe.digest() if isinstance(given, RewardModel) else None
     return digest(weights_digest(plain), [name for name, _ in rest], shapes, scalings(given.model), recipe)
 
 
@@ -83,6 +85,8 @@ def to_train(given: Model, head: AskedHead | None, owned: bool, config: TrainCon
         trained = given if owned else given.copy()
     if isinstance(trained, RewardModel) and head is not None:
         trained = fitted_head(trained, head)
+        if config.aggregate is not None and trained.recipe.aggregate is None:
+            trained = trained.with_recipe(aggregate=config.aggregate, step_separator=config.step_separator)
         _restrict(trained, config)
     if fresh_adapter(trained.model):
         generator = torch.Generator().manual_seed(derived_seed(config.seed, "adapter", 0))
