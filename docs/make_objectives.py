@@ -69,7 +69,10 @@ with weights of your own; `steerwell explain` prints these too.
 |---|---|"""
 DATA = {
     "pairs": "pairs",
+    "pair_strengths": "strengths of pairs",
     "labels": "labels",
+    "attributes": "scores by attribute",
+    "step_labels": "labels of steps",
     "ranks": "rankings",
     "token_weights": "token weights",
     "steps": "steps",
@@ -397,6 +400,7 @@ def batch_of(values: Tensor, level: Tensor, *, tokens: int, good: Tensor, reward
         "ref_per_token_logps": ref_per_token,
         "old_per_token_logps": ref_per_token,
         "owner": owner,
+        "pair_strengths": torch.ones(n // 2, dtype=torch.float64),
         "per_token_kl": torch.zeros(len(owner), dtype=torch.float64),
         "per_token_collision": ref_per_token,
         "token_weights": torch.ones(len(owner), dtype=torch.float64),
