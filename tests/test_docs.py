@@ -132,3 +132,46 @@ def test_the_figures_of_growth_are_those_of_the_result_file() -> None:
     assert [one["pairs"] for one in sizes] == [1000, 4000, 16000, 64000]
     assert ", ".join(f"{1000 * one['cpu_seconds'] / one['pairs']:.1f}" for one in sizes) + " CPU ms" in page
     assert ", ".join(f"{one['peak_mib']:.0f}" for one in sizes) + " MiB" in page
+
+
+def test_the_python_of_the_page_on_reward_models_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import steerwell as sw
+    from tiny import tiny_policy_dir
+
+    (page,) = blocks(ROOT / "docs" / "reward_models.md", "python")
+    (tmp_path / "models").mkdir()
+    tiny_policy_dir(tmp_path / "made").rename(tmp_path / "models" / "tiny")
+    groups = []
+    for i in range(32):
+        prompt = (sw.Message("user", f"question {i}"),)
+        texts = ["red " * (1 + i % 3), "blue " * (1 + i % 4)]
+        made = [
+            sw.Completion(prompt, (sw.Message("assistant", text.strip()),), sw.Source(index=k))
+            for k, text in enumerate(texts)
+        ]
+        said = [
+            sw.Annotation("score", (c.id,), "people", float(k + i % 2), criterion=name)
+            for k, c in enumerate(made)
+            for name in ("helpfulness", "verbosity")
+        ]
+        votes = [
+            sw.Annotation(
+                "preference", (made[0].id, made[1].id), f"annotator {n}", int(n == i % 5), strength=2.0
+            )
+            for n in range(3)
+        ]
+        groups.append(sw.CompletionGroup(prompt, tuple(made), (*said, *votes)))
+    sw.save(groups, tmp_path / "scores.jsonl")
+    monkeypatch.chdir(tmp_path)
+    exec(compile(page, "reward_models.md", "exec"), {})
+    outputs, probability = capsys.readouterr().out.splitlines()
+    assert "helpfulness" in outputs
+    assert 0 < float(probability) < 1
+    recipe = json.loads((tmp_path / "runs" / "gated" / "model" / "steerwell_scoring.json").read_text())
+    shown = re.findall(
+        r"`(\w+)`",
+        "".join(re.findall(r"^\| (`.*?) \|", (ROOT / "docs" / "reward_models.md").read_text(), re.M)),
+    )
+    assert set(recipe) - {"version"} <= set(shown)  # the page names all that the recipe holds
