@@ -180,3 +180,26 @@ def test_bad_input() -> None:
         evaluate([Knows()], ["reward_model"])
     with pytest.raises(InputError, match="probe_prompts"):
         reward_model(data(3), probe_prompts=-1)
+
+
+def test_a_baseline_that_is_not_asked_for_gives_the_difference_and_no_rows() -> None:
+    groups = data(200)
+    for task in ("reward_model", "pair_accuracy"):
+        apart = evaluate([Knows("wordy", 0.01, 1.0)], [task], pairs=groups, against=Knows())
+        beside = evaluate([Knows(), Knows("wordy", 0.01, 1.0)], [task], pairs=groups)
+        assert {r.policy for r in apart.results} == {"wordy"}
+        assert set(apart.groups) == {(task, "wordy")}
+        assert [r.difference for r in apart.results] == [
+            r.difference for r in beside.results if r.policy == "wordy"
+        ]
+        metric = "rm_accuracy" if task == "reward_model" else "pair_accuracy"
+        assert apart.get("wordy", metric).difference is not None
+
+
+def test_the_brier_score_has_a_paired_difference() -> None:
+    found = evaluate([Knows(), Knows("loud", 5.0)], ["reward_model"], pairs=data(300, annotators=1))
+    difference = found.get("loud", "rm_brier").difference
+    assert difference is not None
+    assert difference.value == pytest.approx(value(found, "rm_brier", "loud") - value(found, "rm_brier"))
+    assert difference.low is not None
+    assert difference.low > 0

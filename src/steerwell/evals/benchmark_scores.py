@@ -54,7 +54,7 @@ def benchmark(
         scored = [Scored(item, tuple(s)) for item, s in zip(items, given, strict=True)]
         return Findings(tuple(measures(scored)), groups)
 
-    return Task(name, (), measure, needs_rewards=True)
+    return Task(name, (), measure, needs_rewards=True, beside=True)
 
 
 def item_share(

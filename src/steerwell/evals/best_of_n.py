@@ -22,7 +22,7 @@ from steerwell.evals.measure import Measure
 from steerwell.evals.stats import Estimate
 from steerwell.evals.winrate import Coverage
 
-SECTION = "best of n, in the scores that the data have"
+SECTION = "best of n, by the scores of the data"
 LEAST = 3  # completions of a prompt with a score of their own
 
 

@@ -40,13 +40,15 @@ class Calibration:
     """The reliability of M pairs. ``ece`` = sum over bins of n_b / M · |right_b - confidence_b|.
 
     ``floor`` is the value that pairs of a perfectly calibrated model would show on average, by chance alone:
-    with few pairs no calibration error is ever 0. ``brier`` = mean (P(preferred wins) - label)².
+    with few pairs no calibration error is ever 0. ``brier`` = mean (P(preferred wins) - label)², of which
+    ``squares`` has the terms by the key of the pair.
     """
 
     bins: tuple[Bin, ...]
     ece: Estimate
     floor: float | None
     brier: Estimate
+    squares: tuple[tuple[str, float | None], ...] = ()
 
 
 def calibration(
@@ -95,7 +97,9 @@ def calibration(
     error = stats.mean(signed, prompts)
     low = None if error.low is None else max(0.0, error.low)
     ece = Estimate(error.value, low, error.high, error.n)
-    return Calibration(tuple(table), ece, floor, stats.mean((wins - p) ** 2, prompts))
+    squares = (wins - p) ** 2
+    terms = tuple((pairs[i].key, float(square)) for i, square in zip(kept, squares, strict=True))
+    return Calibration(tuple(table), ece, floor, stats.mean(squares, prompts), terms)
 
 
 @dataclass(frozen=True)
@@ -190,6 +194,8 @@ def _reliability(
             Coverage(len(pairs), len(pairs)),
             "lower",
             unit="number",
+            items=whole.squares,
+            clusters={pair.key: pair.prompt for pair in pairs},
             notes=(how, "0.25 is a coin"),
             section="calibration",
         ),

@@ -81,7 +81,8 @@ class Task:
     """What to ask a policy and how to turn its completions into numbers.
 
     ``compares``: the number is about two policies, so the baseline itself has none. ``needs_rewards``: it
-    takes a reward model, or a policy beside the baseline that is its reference.
+    takes a reward model, or a policy beside the baseline that is its reference. ``beside``: a baseline that is
+    itself a reward model is measured too, for the differences, when it is not one of the policies.
     """
 
     name: str
@@ -90,6 +91,7 @@ class Task:
     compares: bool = False
     needs_judge: bool = False
     needs_rewards: bool = False
+    beside: bool = False
 
 
 def annotated(

@@ -83,8 +83,8 @@ class Evaluation:
         from rich.table import Table
 
         table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-        table.add_column("policy", overflow="fold")
-        table.add_column("metric", no_wrap=True)
+        table.add_column("policy", overflow="fold", min_width=8)
+        table.add_column("metric", overflow="fold")
         compared = any(result.difference for result in self.shown)
         for column in ("value", "95% interval", "n", *(["change"] if compared else [])):
             table.add_column(column, justify="right", no_wrap=True)
@@ -166,31 +166,9 @@ def evaluate(
     results: list[Result] = []
     texts: dict[tuple[str, str], tuple[CompletionGroup, ...]] = {}
     for task in todo:
-        samples: dict[int, tuple[CompletionGroup, ...]] = {}
-        sampled = [p for p in everyone if task.prompts and (task.compares or any(p is q for q in policies))]
-        measured = [p for p in policies if not (task.compares and p is baseline)]
-        parts = _Parts(task.name, len(sampled) + len(measured), progress)
-        for policy in sampled:
-            parts.begin(f"sampling {names[id(policy)]}")
-            samples[id(policy)] = _sample(policy, names[id(policy)], task.prompts, n, asked)
-        found: list[Result] = []
-        for policy in measured:
-            parts.begin(f"measuring {names[id(policy)]}")
-            trial = Trial(
-                policy=policy,
-                name=names[id(policy)],
-                groups=samples.get(id(policy), ()),
-                against=baseline,
-                against_name=names[id(baseline)],
-                against_groups=samples.get(id(baseline), ()),
-                judge=judge,
-                is_baseline=policy is baseline,
-            )
-            findings = task.measure(trial)
-            texts[task.name, trial.name] = findings.groups
-            found += [Result(task.name, trial.name, m, trial.against_name) for m in findings.measures]
-        parts.end()
-        results += found if task.compares else _with_differences(found, names[id(baseline)])
+        found, groups = _run(task, policies, baseline, everyone, names, judge, n, asked, progress)
+        results += found
+        texts |= groups
     settings = {
         "policies": [names[id(p)] for p in policies],
         "against": names[id(baseline)],
@@ -200,6 +178,52 @@ def evaluate(
         **asked,
     }
     return Evaluation(tuple(results), texts, settings)
+
+
+def _run(
+    task: Task,
+    policies: Sequence[Any],
+    baseline: Any,
+    everyone: Sequence[Any],
+    names: Mapping[int, str],
+    judge: Judge | None,
+    n: int,
+    asked: Mapping[str, Any],
+    progress: Callable[[str, int, int, str], None] | None,
+) -> tuple[list[Result], dict[tuple[str, str], tuple[CompletionGroup, ...]]]:
+    """One task: sample where it asks, measure each policy, and set it against the baseline."""
+    samples: dict[int, tuple[CompletionGroup, ...]] = {}
+    sampled = [p for p in everyone if task.prompts and (task.compares or any(p is q for q in policies))]
+    measured = [p for p in policies if not (task.compares and p is baseline)]
+    beside = task.beside and hasattr(baseline, "score") and not any(p is baseline for p in policies)
+    measured += [baseline] if beside else []
+    parts = _Parts(task.name, len(sampled) + len(measured), progress)
+    for policy in sampled:
+        parts.begin(f"sampling {names[id(policy)]}")
+        samples[id(policy)] = _sample(policy, names[id(policy)], task.prompts, n, asked)
+    found: list[Result] = []
+    texts: dict[tuple[str, str], tuple[CompletionGroup, ...]] = {}
+    for policy in measured:
+        parts.begin(f"measuring {names[id(policy)]}")
+        trial = Trial(
+            policy=policy,
+            name=names[id(policy)],
+            groups=samples.get(id(policy), ()),
+            against=baseline,
+            against_name=names[id(baseline)],
+            against_groups=samples.get(id(baseline), ()),
+            judge=judge,
+            is_baseline=policy is baseline,
+        )
+        findings = task.measure(trial)
+        texts[task.name, trial.name] = findings.groups
+        found += [Result(task.name, trial.name, m, trial.against_name) for m in findings.measures]
+    parts.end()
+    results = found if task.compares else _with_differences(found, names[id(baseline)])
+    if beside:  # measured for the differences alone
+        results = [r for r in results if r.policy != names[id(baseline)]]
+        del texts[task.name, names[id(baseline)]]
+    return results, texts
 
 
 class _Parts:

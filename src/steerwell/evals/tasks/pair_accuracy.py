@@ -38,7 +38,7 @@ def pair_accuracy(groups: Sequence[CompletionGroup], *, reference: Any = None) -
         how, scores = score(trial.policy, held_out, None if ref is trial.policy else ref)
         return Findings((accuracy(held_out, scores, how),), held_out)
 
-    return Task("pair_accuracy", (), measure)
+    return Task("pair_accuracy", (), measure, beside=True)
 
 
 def accuracy(

@@ -68,7 +68,7 @@ def reward_model(groups: Sequence[CompletionGroup], *, probe_prompts: int = PROB
         ]
         return Findings(tuple(found), held_out)
 
-    return Task("reward_model", (), measure, needs_rewards=True)
+    return Task("reward_model", (), measure, needs_rewards=True, beside=True)
 
 
 def _accuracy(pairs: Sequence[HeldOutPair]) -> list[Measure]:
@@ -109,10 +109,11 @@ def _accuracy(pairs: Sequence[HeldOutPair]) -> list[Measure]:
         else (f"whatever the distribution of p: between {found.bounds[0]:.3f} and {found.bounds[1]:.3f}",)
     )
     alike = {"section": section, "coverage": coverage}
+    alone = {"items": (), "clusters": {}}  # of the data, not of the model: there is nothing to subtract
     return [
         overall,
-        longer,
-        shorter,
+        replace(longer, **alone),
+        replace(shorter, **alone),
         over_length,
         Measure("rm_ceiling", found.labels, notes=tuple(notes), **alike),
         Measure("rm_ceiling/one_vote", found.single, notes=(*notes, *bounds), shown=False, **alike),
@@ -190,7 +191,7 @@ def _probes(groups: Sequence[CompletionGroup], score: Scorer, model: Any, count:
                 "lower",
                 items=result.outcomes,
                 notes=notes,
-                section="probes: how often the spoilt completion is preferred",
+                section="probes: the spoilt one is preferred",
             )
         )
     return found
