@@ -8,7 +8,8 @@ the ROC curve; and the best-of-k curve C(k), the share of right responses among 
 the K responses, exact over all choices of k. Of the curve: ``end_score`` C(K), ``max_score`` the highest C(k),
 and ``loss`` the mean over k of how far C(k) is below an oracle's.
 
-This is written from the paper, not from the authors' code. The curve is exact where they draw samples; equal
+The definitions are as commonly described; they were not held against the authors' code, and figures may differ
+from published ones in detail. The curve is exact where they draw samples; equal
 scores count half in accuracy and are broken at random in the curve. Their figures of confidence (separability,
 agreement of intervals, Brier score) are not computed.
 """
