@@ -213,9 +213,10 @@ def test_the_recipe_says_how_steps_are_cut_and_put_together(tmp_path: Path) -> N
     again = train(model, groups, "process_reward", out=tmp_path / "c", steps=1, batch_size=1)
     assert again.recipe == model.recipe
     pairs = [replace(group, pairs=(Pair(0, 1),))]
-    for name, value in (("aggregate", "min"), ("step_separator", "\n")):
+    settings: dict[str, Any] = {"aggregate": "min", "step_separator": "\n"}
+    for name in settings:
         with pytest.raises(InputError, match=f"{name} is not used by bradley_terry"):
-            train(tiny_policy(), pairs, "bradley_terry", out=tmp_path / "d", **{name: value})
+            train(tiny_policy(), pairs, "bradley_terry", out=tmp_path / "d", **{name: settings[name]})
 
 
 def test_data_without_labels_of_steps_are_refused(tmp_path: Path) -> None:
