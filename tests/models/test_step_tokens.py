@@ -112,6 +112,14 @@ def test_what_a_template_adds_or_strips(template: str) -> None:
     assert spelt[1].endswith("<|end|>")
 
 
+def test_words_that_the_template_writes_too() -> None:
+    tokenizer = tiny_tokenizer(THINKING)
+    made = group("t", "<t>\n\nt")
+    steps = token_steps(tokenizer, made, tokenize_group(tokenizer, made))
+    assert steps[0] == [0] * len(steps[0])
+    assert [steps[1].index(1), len(steps[1])] == [len(steps[1]) - 2, len(steps[1])], "the last t and the end"
+
+
 def test_truncated_sequences_have_the_steps_of_what_is_left() -> None:
     tokenizer = tiny_tokenizer()
     made = group("ünï 漢字\n\nmore 🙂\n\nand the rest")

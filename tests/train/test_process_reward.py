@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from small_runs import largest_difference, lines, text_group, tiny_policy, weights
+from small_runs import largest_difference, lines, step_groups, text_group, tiny_policy, weights
 
 from steerwell.data import resolve
 from steerwell.data.errors import InputError
@@ -190,6 +190,32 @@ def test_the_cut_of_a_step_changes_nothing(tmp_path: Path) -> None:
         assert largest_difference(weights(made[0].model), weights(made[1].model)) < 2e-6
     ends = [lines(tmp_path / f"{r}100000")[-1]["loss"] for r in ("step_mean", "step_sequence_mean")]
     assert ends[0] != ends[1]
+
+
+def test_a_run_that_was_stopped_ends_with_the_same_bytes(tmp_path: Path) -> None:
+    class Stopped(Exception):
+        pass
+
+    def run(out: Path, stop_at: int | None = None) -> Path:
+        def progress(stage: str, done: int, total: int, note: str) -> None:
+            if stage == "train" and done == stop_at:
+                raise Stopped
+
+        train(
+            tiny_policy(),
+            step_groups(),
+            "process_reward",
+            out=out,
+            steps=5,
+            batch_size=3,
+            checkpoint_every=2,
+            progress=progress,
+        )
+        return out / "model" / "model.safetensors"
+
+    with pytest.raises(Stopped):
+        run(tmp_path / "stopped", 3)
+    assert run(tmp_path / "stopped").read_bytes() == run(tmp_path / "straight").read_bytes()
 
 
 def test_the_recipe_says_how_steps_are_cut_and_put_together(tmp_path: Path) -> None:

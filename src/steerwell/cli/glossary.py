@@ -36,11 +36,14 @@ METRICS: dict[str, str] = {
         "or an added sft term hold them."
     ),
     "accuracy": (
-        "Share of pairs in which the reward model scores the chosen completion higher; ties count half."
+        "Share of pairs in which the reward model scores the chosen completion higher (of steps, for process "
+        "rewards: that it takes for what they are labelled); ties count half."
     ),
     "margin": "Score of chosen − score of rejected, mean.",
     "scores/chosen": "Score of chosen completions by the reward model in training, mean.",
     "scores/rejected": "Score of rejected completions by the reward model in training, mean.",
+    "scores/right": "Log-odds that a step is right, by the reward model in training: mean over steps labelled right.",
+    "scores/wrong": "The same over steps labelled wrong. It should fall below 0.",
     "kl": "Distance of the policy from its reference in nats, estimated on its own samples.",
     "kl/k1": "KL from the reference per completion, the log-ratio itself: unbiased, can be below 0.",
     "kl/k3": "KL from the reference per completion, ratio − 1 − log-ratio: unbiased, never below 0.",
