@@ -253,6 +253,20 @@ def test_data_without_labels_of_steps_are_refused(tmp_path: Path) -> None:
         train(tiny_policy(), solutions(1, 0), "process_reward", out=tmp_path / "x")
 
 
+def test_labels_and_ends_that_do_not_fit_are_named(tmp_path: Path) -> None:
+    group = text_group("p", ["one\n\ntwo"])
+    bad = {
+        "3 labels for 2 steps of 'one": replace(group, step_labels=((1.0, 0.0, 0.0),)),
+        "must be from 0 to 1, got 2.0": replace(group, step_labels=((1.0, 2.0),)),
+        r"steps end at \(3, 9\) in a completion of 8": replace(
+            group, steps=((3, 9),), step_labels=((1.0, 0.0),)
+        ),
+    }
+    for message, wrong in bad.items():
+        with pytest.raises(InputError, match=rf"{message}.*prompt .*'p'"):
+            train(tiny_policy(), [wrong], "process_reward", out=tmp_path / "x")
+
+
 def history_in_prompt(turn: str, chosen: str, rejected: str) -> tuple[CompletionGroup, CompletionGroup]:
     """One pair twice: its first step within the completions, and at the end of the prompt's tokens."""
     within = text_group("p", [turn + chosen, turn + rejected], pairs=(Pair(0, 1),))
