@@ -109,6 +109,35 @@ def test_the_python_of_the_readme_runs(tmp_path: Path, monkeypatch: pytest.Monke
     assert losses.item() == pytest.approx(-torch.nn.functional.logsigmoid(torch.tensor(margin)).item())
 
 
+def test_the_python_of_the_page_on_process_rewards_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import torch
+
+    from tiny import tiny_policy_dir
+
+    page = ROOT / "docs" / "process_rewards.md"
+    (tmp_path / "Qwen").mkdir()
+    tiny_policy_dir(tmp_path / "made").rename(tmp_path / "Qwen" / "Qwen3-0.6B")
+    rows = [
+        {"prompt": f"{i}?", "completions": ["one", f"so {i}"], "labels": [True, i % 2 == 0]} for i in range(6)
+    ]
+    (tmp_path / "steps.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
+    code = "\n".join(blocks(page, "python")).replace("n=4)", "n=2, max_new_tokens=6)")
+    names: dict[str, object] = {}
+    exec(compile(code.replace("n=8)", "n=2, max_new_tokens=6)"), page.name, "exec"), names)
+    assert [len(own) for group in names["steps"] for own in group] == [2] * 6  # type: ignore[attr-defined]
+    assert len(names["labelled"]) == 1  # type: ignore[arg-type]
+    text = page.read_text("utf-8")
+    from steerwell.data.stepwise import READERS
+    from steerwell.models.step_scores import AGGREGATES
+
+    assert re.findall(r"^\| `([a-z0-9-]+)` \|", text, re.MULTILINE) == [*READERS, "prod", "last"]
+    assert all(f"`{name}`" in text for name in AGGREGATES)
+
+
 def test_the_figures_against_trl_are_those_of_the_result_files() -> None:
     page = (ROOT / "docs" / "training.md").read_text("utf-8")
     files = sorted((ROOT / "benchmarks" / "results").glob("train_vs_trl_*.json"))

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from steerwell.evals.task import evaluate as evaluate
     from steerwell.models.load import Policy as Policy
     from steerwell.models.load import load_policy as load_policy
+    from steerwell.models.monte_carlo import monte_carlo_step_labels as monte_carlo_step_labels
     from steerwell.models.reward_model import RewardModel as RewardModel
     from steerwell.models.reward_model import load_reward_model as load_reward_model
     from steerwell.models.self_play import self_play_pairs as self_play_pairs
@@ -65,6 +66,7 @@ _PLACES: dict[str, tuple[str, str]] = {
     "load": ("steerwell.data.formats", "load"),
     "load_policy": ("steerwell.models.load", "load_policy"),
     "load_reward_model": ("steerwell.models.reward_model", "load_reward_model"),
+    "monte_carlo_step_labels": ("steerwell.models.monte_carlo", "monte_carlo_step_labels"),
     "objectives": ("steerwell.objectives", ""),
     "open": ("steerwell.data.store", "open_store"),
     "resolve": ("steerwell.data.resolve", ""),
@@ -91,6 +93,7 @@ __all__ = [  # noqa: RUF022 (in the order in which they are used)
     "self_play_pairs",
     "fit_temperature",
     "fit_cutpoints",
+    "monte_carlo_step_labels",
     "evaluate",
     "world",
     "InputError",

@@ -74,9 +74,9 @@ def test_sampled_tokens_that_are_cut_otherwise(seed: int) -> None:
     whole = tokenizer(text, add_special_tokens=False)["input_ids"]
     ids: list[int] = []
     for token in whole:  # merges undone, some of them
-        letters = tokenizer.convert_ids_to_tokens(token)
+        letters = str(tokenizer.convert_ids_to_tokens(token))
         parts = list(letters) if draw.random() < 0.7 else [letters]
-        ids += tokenizer.convert_tokens_to_ids(parts)
+        ids += [int(tokenizer.convert_tokens_to_ids(part)) for part in parts]  # type: ignore[arg-type]
     assert len(ids) > len(whole)
     made = group(text, token_ids=(*ids, END), prompt_token_ids=(3, 20), finished=True)
     tokens = tokenize_group(tokenizer, made)
@@ -106,10 +106,18 @@ def test_what_a_template_adds_or_strips(template: str) -> None:
     (steps,) = token_steps(tokenizer, made, tokens)
     spelt = ["", ""]
     for token, step in zip(ids, steps, strict=True):
-        spelt[step] += tokenizer.decode([token])
+        spelt[step] += str(tokenizer.decode([token]))
     assert spelt[0].endswith("one\n\n")
     assert spelt[1].startswith("two")
     assert spelt[1].endswith("<|end|>")
+
+
+def test_words_that_the_template_writes_too() -> None:
+    tokenizer = tiny_tokenizer(THINKING)
+    made = group("t", "<t>\n\nt")
+    steps = token_steps(tokenizer, made, tokenize_group(tokenizer, made))
+    assert steps[0] == [0] * len(steps[0])
+    assert [steps[1].index(1), len(steps[1])] == [len(steps[1]) - 2, len(steps[1])], "the last t and the end"
 
 
 def test_truncated_sequences_have_the_steps_of_what_is_left() -> None:

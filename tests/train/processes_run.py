@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from small_runs import LengthJudge, pair_groups, tiny_policy
+from small_runs import LengthJudge, pair_groups, step_groups, tiny_policy
 
 from steerwell.models.adapters import Adapter, add_adapter
 from steerwell.train import rollouts, train
@@ -43,7 +43,7 @@ def run(kind: str, out: Path, stop_at: int | None = None, progress: Any = None) 
         prompts = [f"go {i}" for i in range(5)]
         source = rollouts(prompts, LengthJudge(), n=4, prompts_per_step=3, max_new_tokens=5, updates=2)
         return train(policy, source, "grpo", out=out, **settings)
-    data = pair_groups(10)
+    data = (step_groups if kind == "process_reward" else pair_groups)(10)
     objective: Any = [("dpo", 1.0), ("sft", 0.1)] if kind == "mixture" else kind
     if kind.startswith(
         "lora"

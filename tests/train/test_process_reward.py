@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from small_runs import largest_difference, lines, text_group, tiny_policy, weights
+from small_runs import largest_difference, lines, step_groups, text_group, tiny_policy, weights
 
 from steerwell.data import resolve
 from steerwell.data.errors import InputError
@@ -194,6 +194,32 @@ def test_the_cut_of_a_step_changes_nothing(tmp_path: Path) -> None:
     assert ends[0] != ends[1]
 
 
+def test_a_run_that_was_stopped_ends_with_the_same_bytes(tmp_path: Path) -> None:
+    class Stopped(Exception):
+        pass
+
+    def run(out: Path, stop_at: int | None = None) -> Path:
+        def progress(stage: str, done: int, total: int, note: str) -> None:
+            if stage == "train" and done == stop_at:
+                raise Stopped
+
+        train(
+            tiny_policy(),
+            step_groups(),
+            "process_reward",
+            out=out,
+            steps=5,
+            batch_size=3,
+            checkpoint_every=2,
+            progress=progress,
+        )
+        return out / "model" / "model.safetensors"
+
+    with pytest.raises(Stopped):
+        run(tmp_path / "stopped", 3)
+    assert run(tmp_path / "stopped").read_bytes() == run(tmp_path / "straight").read_bytes()
+
+
 def test_the_recipe_says_how_steps_are_cut_and_put_together(tmp_path: Path) -> None:
     group = text_group("p", ["one\ntwo", "three\nfour"])
     made = [annotate_steps(c, [True, False], "me", separator="\n") for c in group.completions]
@@ -215,9 +241,10 @@ def test_the_recipe_says_how_steps_are_cut_and_put_together(tmp_path: Path) -> N
     again = train(model, groups, "process_reward", out=tmp_path / "c", steps=1, batch_size=1)
     assert again.recipe == model.recipe
     pairs = [replace(group, pairs=(Pair(0, 1),))]
-    for name, value in (("aggregate", "min"), ("step_separator", "\n")):
+    settings: dict[str, Any] = {"aggregate": "min", "step_separator": "\n"}
+    for name in settings:
         with pytest.raises(InputError, match=f"{name} is not used by bradley_terry"):
-            train(tiny_policy(), pairs, "bradley_terry", out=tmp_path / "d", **{name: value})
+            train(tiny_policy(), pairs, "bradley_terry", out=tmp_path / "d", **{name: settings[name]})
 
 
 def test_data_without_labels_of_steps_are_refused(tmp_path: Path) -> None:
@@ -226,6 +253,20 @@ def test_data_without_labels_of_steps_are_refused(tmp_path: Path) -> None:
         match=r"process_reward needs step_labels; 0 of 2 completions in the data have one.*resolve",
     ):
         train(tiny_policy(), solutions(1, 0), "process_reward", out=tmp_path / "x")
+
+
+def test_labels_and_ends_that_do_not_fit_are_named(tmp_path: Path) -> None:
+    group = text_group("p", ["one\n\ntwo"])
+    bad = {
+        "3 labels for 2 steps of 'one": replace(group, step_labels=((1.0, 0.0, 0.0),)),
+        "must be from 0 to 1, got 2.0": replace(group, step_labels=((1.0, 2.0),)),
+        r"steps end at \(3, 9\) in a completion of 8": replace(
+            group, steps=((3, 9),), step_labels=((1.0, 0.0),)
+        ),
+    }
+    for message, wrong in bad.items():
+        with pytest.raises(InputError, match=rf"{message}.*prompt .*'p'"):
+            train(tiny_policy(), [wrong], "process_reward", out=tmp_path / "x")
 
 
 def history_in_prompt(turn: str, chosen: str, rejected: str) -> tuple[CompletionGroup, CompletionGroup]:

@@ -21,7 +21,7 @@ from small_runs import largest_difference, lines, pair_groups, tiny_policy
 from steerwell.train import train
 from steerwell.train.ranks import ALONE, shares
 
-KINDS = ("dpo", "mixture", "kto", "aot", "bco", "bradley_terry", "grpo", "lora")
+KINDS = ("dpo", "mixture", "kto", "aot", "bco", "bradley_terry", "process_reward", "grpo", "lora")
 ROUNDED = ("lora_bf16",)  # in bfloat16 the last digits depend on who is packed with whom
 TESTS = Path(__file__).parents[1]
 

@@ -36,13 +36,14 @@ METRICS: dict[str, str] = {
         "or an added sft term hold them."
     ),
     "accuracy": (
-        "Share of pairs in which the reward model scores the chosen completion higher; ties count half."
+        "Share of pairs in which the reward model scores the chosen completion higher (of steps, for process "
+        "rewards: that it takes for what they are labelled); ties count half."
     ),
     "margin": "Score of chosen − score of rejected, mean.",
     "scores/chosen": "Score of chosen completions by the reward model in training, mean.",
     "scores/rejected": "Score of rejected completions by the reward model in training, mean.",
-    "scores/right": "Log-odds that a process reward model gives to steps that are right, mean.",
-    "scores/wrong": "Log-odds that a process reward model gives to steps that are wrong, mean.",
+    "scores/right": "Log-odds that a step is right, by the reward model in training: mean over steps labelled right.",
+    "scores/wrong": "The same over steps labelled wrong. It should fall below 0.",
     "scores/agree": "Share of pairs whose given scores have the order of the pair; the others teach nothing.",
     "absolute_error": "Distance of a regression model's outputs from the given scores, over those there are, mean.",
     "below": "Share of the quantile levels under which the given score lies; the levels' mean if they are right.",

@@ -96,7 +96,7 @@ def _message_places(completion: Completion) -> list[int]:
 def _found_at(text: str, content: str, completion: Completion) -> int:
     """Where the message's first word is in the text that its tokens spell; the text may lack the message's end."""
     words = content.strip()
-    if (whole := text.find(words)) >= 0:
+    if (whole := text.rfind(words)) >= 0:  # a template writes more before the words than behind them
         return whole
     spelt = text.rstrip(BROKEN).rstrip()
     for at in range(len(spelt)):

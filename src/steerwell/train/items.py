@@ -20,7 +20,7 @@ from torch import Tensor
 
 from steerwell.data.errors import InputError
 from steerwell.data.messages import digest
-from steerwell.data.steps import SEPARATOR, with_steps
+from steerwell.data.steps import SEPARATOR, check_steps, with_steps
 from steerwell.data.types import CompletionGroup
 from steerwell.models.batch import Layout, n_tokens
 from steerwell.models.render import (
@@ -100,7 +100,7 @@ def prepare(
     stepwise = "steps" in needed(terms)
     for part in _kept(groups, terms, account):
         if stepwise:
-            part = [with_steps(group, step_separator) for group in part]
+            part = [_cut(group, step_separator) for group in part]
         for group, tokens in zip(part, tokenize_groups(tokenizer, part), strict=True):
             if max_length is not None and not truncate(tokens, max_length):
                 error = no_room(tokens, max_length)
@@ -144,6 +144,16 @@ def _kept(
         part.append(kept)
     if part:
         yield part
+
+
+def _cut(group: CompletionGroup, separator: str) -> CompletionGroup:
+    """The group with steps for all completions; raises :class:`InputError` where they or their labels do not fit."""
+    try:
+        cut = with_steps(group, separator)
+        check_steps(cut)
+    except InputError as error:
+        raise about(group, error) from error
+    return cut
 
 
 def _nothing_scored(tokens: TokenizedGroup) -> InputError:
