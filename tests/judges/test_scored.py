@@ -93,7 +93,7 @@ def test_a_preference_for_the_first_side_cancels() -> None:
 def test_it_is_deterministic_and_the_order_of_the_completions_does_not_matter() -> None:
     one, again = (scored(Noisy(), opponents=2)([STRONG]) for _ in range(2))
     assert one == again
-    turned = replace(STRONG, completions=STRONG.completions[::-1])
+    turned = replace(STRONG, completions=tuple(STRONG.completions[i] for i in (2, 0, 4, 1, 3)))
     other = {a.completions[0]: a.value for a in scored(Noisy(), opponents=2)([turned])}
     assert [other[a.completions[0]] for a in one] == pytest.approx([a.value for a in one], abs=1e-8)
     beside = scored(Noisy(), opponents=2)([group("5", "6", "7", "8", prompt="another"), STRONG])
@@ -184,6 +184,12 @@ def test_ties_and_both_bad_are_half_a_win() -> None:
     found = scored(Says(0, "tie"))([data])
     assert found[0].value == pytest.approx(math.log(2 / 1) / 2)  # 1.5 of 2
     assert found[0].rationale == "1.5 of 2 comparisons won"
+    alike = group(*"abcdefg")  # three are beaten by the four others, and tie among themselves
+    order = [pair for pair in schedule(7) for _ in (0, 1)]
+    found = scored(Says(*(("tie" if (i < 3) == (j < 3) else 1 - n % 2) for n, (i, j) in enumerate(order))))(
+        [alike]
+    )
+    assert len({a.value for a in found}) == 2
     circle = group("a", "b", "c")  # a beats b, b beats c, c beats a: intransitive, and nobody stands out
     found = scored(Says(0, 1, 1, 0, 0, 1))([circle])
     assert [a.value for a in found] == pytest.approx([0.0] * 3, abs=1e-9)

@@ -83,6 +83,20 @@ def test_an_unbeaten_player_is_finite_and_a_clear_order_stays_one() -> None:
     assert again[::-1] == pytest.approx(found, abs=1e-8)
 
 
+@pytest.mark.parametrize("seed", range(40))
+def test_counts_of_very_different_sizes_are_fitted_to_the_end(seed: int) -> None:
+    """At the optimum each player's expected wins are its wins."""
+    rng = np.random.default_rng(seed)
+    k, prior = int(rng.integers(2, 12)), 10 ** rng.uniform(-4, 0)
+    wins = np.where(rng.random((k, k)) < 0.6, 0.0, 10 ** rng.uniform(-2, 5, (k, k)))
+    np.fill_diagonal(wins, 0.0)
+    s = np.array(bradley_terry(wins.tolist(), prior))
+    counts = wins + prior / (k - 1) * (1 - np.eye(k))
+    expected = (counts + counts.T) * (0.5 + 0.5 * np.tanh((s[:, None] - s[None, :]) / 2))
+    np.fill_diagonal(expected, 0.0)
+    assert np.abs((counts - expected).sum(axis=1)).max() < 1e-6 * (1 + counts.max())
+
+
 def test_a_smaller_prior_shrinks_less() -> None:
     wins = [[0, 3, 3], [1, 0, 3], [1, 1, 0]]
     spreads = [np.std(bradley_terry(wins, prior)) for prior in (10.0, 1.0, 0.1)]

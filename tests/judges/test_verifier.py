@@ -92,6 +92,14 @@ def test_a_score_does_not_depend_on_the_batch(tmp_path: Path, model: Any) -> Non
     assert [*turned[1:], turned[0]] == pytest.approx(together, abs=1e-5)
 
 
+def test_a_model_in_training_is_asked_without_dropout(tmp_path: Path) -> None:
+    policy = load_policy(tiny_policy_dir(tmp_path, model=tiny_llama(attention_dropout=0.5)))
+    still = [a.value for a in verifier(policy)(DATA)]
+    policy.model.train()
+    assert [a.value for a in verifier(policy)(DATA)] == still
+    assert policy.model.training
+
+
 def test_yes_and_no_share_the_message(policy: Policy) -> None:
     """Two one-token answers cost two tokens more than the message itself."""
     question = verifier(policy).question

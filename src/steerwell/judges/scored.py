@@ -21,6 +21,9 @@ from steerwell.data.types import Annotation, Completion, CompletionGroup
 from steerwell.judges.judge import Judge
 from steerwell.judges.strengths import bradley_terry, least_squares
 
+DIGITS = (
+    9  # of scores after the point: completions that fare alike get equal scores, whatever the fit's rounding
+)
 FEWEST_OPPONENTS = 2  # with one each, no chain of comparisons would connect the group
 
 
@@ -161,7 +164,7 @@ class ScoredJudge:
                     kind="score",
                     completions=(completion.id,),
                     annotator=self.name,
-                    value=None if value is None else value + shift,
+                    value=None if value is None else round(value + shift, DIGITS) + 0.0,
                     criterion=criterion,
                     rationale=_words(own[k], len(field), self.log_odds),
                     seconds=sum(v.seconds for v in verdicts) / share or None,

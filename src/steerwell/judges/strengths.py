@@ -10,6 +10,7 @@ from collections.abc import Sequence
 
 MAX_STEPS = 200
 CLOSE_ENOUGH = 1e-10
+LONGEST_STEP = 2.0  # nats; a longer one can end where all is saturated and no curvature is left
 
 
 def bradley_terry(wins: Sequence[Sequence[float]], prior: float = 0.5) -> list[float]:
@@ -25,7 +26,8 @@ def bradley_terry(wins: Sequence[Sequence[float]], prior: float = 0.5) -> list[f
     log((w + prior) / (n - w + prior)), the log-odds of the smoothed share of n comparisons. (Others put a normal
     or gamma prior on the strengths, which has no such closed form.)
 
-    Raises ValueError for a table that is not square, for counts below 0 and for a prior that is not above 0.
+    Raises ValueError for a table that is not square, for counts below 0 and for a prior that is not above 0, and
+    ArithmeticError should the method not come to its end.
     """
     import numpy as np
 
@@ -40,24 +42,21 @@ def bradley_terry(wins: Sequence[Sequence[float]], prior: float = 0.5) -> list[f
     counts = counts + prior / (k - 1)
     np.fill_diagonal(counts, 0.0)
     total = counts + counts.T
+    rounding = 4 * np.finfo(float).eps * total.sum()
     strengths = np.zeros(k)
-
-    def loss(s: np.ndarray) -> float:
-        return float((counts * np.logaddexp(0.0, s[None, :] - s[:, None])).sum())
-
     for _ in range(MAX_STEPS):
-        p = 1.0 / (1.0 + np.exp(strengths[None, :] - strengths[:, None]))
+        p = 0.5 + 0.5 * np.tanh((strengths[:, None] - strengths[None, :]) / 2)
         slope = (counts - total * p).sum(axis=1)
         weight = total * p * (1.0 - p)
         curvature = np.diag(weight.sum(axis=1)) - weight
-        # adding a constant to all strengths changes nothing; the constant matrix takes that freedom away
+        # a constant added to all strengths changes nothing; the constant matrix takes that freedom away
         step = np.linalg.solve(curvature + weight.sum() / k**2, slope)
-        size = 1.0
-        while loss(strengths + size * step) > loss(strengths) + 1e-12 and size > 1e-6:
-            size /= 2  # far from the optimum a whole step can overshoot
-        strengths = strengths + size * step
-        if float(np.abs(size * step).max()) < CLOSE_ENOUGH:
+        step *= LONGEST_STEP / max(float(np.abs(step).max()), LONGEST_STEP)
+        strengths = strengths + step
+        if np.abs(step).max() < CLOSE_ENOUGH or np.abs(slope).max() < rounding:
             break
+    else:
+        raise ArithmeticError(f"no Bradley–Terry strengths after {MAX_STEPS} steps of Newton's method")
     return (strengths - strengths.mean()).tolist()
 
 
