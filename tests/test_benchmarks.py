@@ -38,7 +38,9 @@ def load(name: str) -> ModuleType:
     return module
 
 
-@pytest.mark.parametrize("script", ["train_vs_trl.py", "objectives_vs_trl.py", "growth.py", "gpu.py"])
+@pytest.mark.parametrize(
+    "script", ["train_vs_trl.py", "objectives_vs_trl.py", "compare_world.py", "growth.py", "gpu.py"]
+)
 def test_scripts_say_what_they_do(script: str) -> None:
     done = run(script, "--help")
     assert done.returncode == 0, done.stderr

@@ -204,3 +204,60 @@ def test_the_python_of_the_page_on_reward_models_runs(
         "".join(re.findall(r"^\| (`.*?) \|", (ROOT / "docs" / "reward_models.md").read_text(), re.M)),
     )
     assert set(recipe) - {"version"} <= set(shown)  # the page names all that the recipe holds
+
+
+def test_the_comparison_of_the_docs_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The recipe and the command as they stand, on a tiny model and few pairs."""
+    from steerwell.cli import main
+    from tiny import tiny_policy_dir
+
+    page = ROOT / "docs" / "compare.md"
+    (command,) = blocks(page, "sh")[0].split("\n")[:-1]
+    words = command.split()
+    assert words[:3] == ["steerwell", "train", "compare.toml"]
+    monkeypatch.chdir(tmp_path)
+    tiny_policy_dir(tmp_path / "made").rename(tmp_path / "sft")
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "sft").rename(tmp_path / "runs" / "sft")
+    (tmp_path / "compare.toml").write_text(blocks(page, "toml")[0])
+    rows = [{"prompt": f"weather {i}?", "chosen": f"sun {i}", "rejected": "rain"} for i in range(12)]
+    (tmp_path / "p.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert main(["import", "p.jsonl", "--to", "prefs.db", "--test-fraction", "0.4"]) == 0
+    capsys.readouterr()
+    few = ["--set", "train.steps=1", "--samples", "2", "--max-new-tokens", "3", "--json"]
+    assert main([*words[1:], *few]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert [row["name"] for row in found["contenders"]] == words[-1].split(",")
+    assert (tmp_path / "runs" / "compare" / "dpo-beta=0.5" / "run.json").exists()
+    assert (tmp_path / "runs" / "compare" / "compare.html").exists()
+
+
+def test_the_figures_of_the_comparison_are_those_of_the_result_file() -> None:
+    from steerwell.evals.display import say, signed
+
+    page = (ROOT / "docs" / "compare.md").read_text("utf-8")
+    found = json.loads((ROOT / "benchmarks" / "results" / "compare_world.json").read_text())
+    (command,) = (
+        line for line in blocks(ROOT / "docs" / "compare.md", "sh")[1].splitlines() if "--compare" in line
+    )
+    assert command == found["command"]
+    assert len(found["contenders"]) == 5
+    assert f"{sum(row['cpu_seconds'] for row in found['contenders']):.0f} CPU seconds of training" in page
+    right = {round(row["accuracy"]["value"] * row["accuracy"]["n"], 6) for row in found["contenders"]}
+    assert right == {188}
+    assert "188 of 261" in page
+    for row in found["contenders"]:
+        line = next(line for line in page.splitlines() if line.startswith(f"| {row['name']} |"))
+        cells = [cell.strip() for cell in line.split("|")[2:-1]]
+        share = [say(row[name]["value"], "share") for name in ("accuracy", "win_rate")]
+        change = [signed(row[name]["value"]) for name in ("margin", "chosen_shift")]
+        ends = [say(row["win_rate"][end], "share").removesuffix("%") for end in ("low", "high")]
+        assert cells == [
+            share[0],
+            *change,
+            say(row["kl"]["value"]),
+            f"{share[1]} ({ends[0]} … {ends[1]})",
+            say(row["tokens"]["value"]),
+        ]
