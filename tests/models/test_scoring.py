@@ -74,7 +74,7 @@ def test_recipe_and_head_survive_a_round_trip(tmp_path: Path) -> None:
     model = attributes_model(tmp_path)
     model.recipe = ScoringRecipe(
         "mean", 0.5, 2.0, "attributes", ("help", "brief", "true"), (1.0, -0.5, 0.25), temperature=1.7,
-        cutpoints=(0.5, 1.5), template=model.recipe.template, stop=model.recipe.stop,
+        cutpoints=(0.5, 1.5), template_digest=model.recipe.template_digest, stop=model.recipe.stop,
     )  # fmt: skip
     model.save(tmp_path / "rm")
     again = load_reward_model(tmp_path / "rm")

@@ -47,7 +47,9 @@ def model_path(word: str) -> str:
 def load_model(word: str) -> Policy | RewardModel:
     """The reward model or policy that lies there; its name is the word as given."""
     path = model_path(word)
-    if (Path(path) / "steerwell_scoring.json").exists():
+    config = Path(path) / "config.json"
+    classifier = config.is_file() and "ForSequenceClassification" in config.read_text("utf-8")
+    if classifier or (Path(path) / "steerwell_scoring.json").exists():
         from steerwell.models.reward_model import load_reward_model
 
         return load_reward_model(path, name=word)

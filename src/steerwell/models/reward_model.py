@@ -30,9 +30,21 @@ from steerwell.models.adapters import (
     without_adapter,
 )
 from steerwell.models.classifier import check_classifier, classifier_on
-from steerwell.models.directory import read_json, remembered_digest, save_directory
+from steerwell.models.directory import model_place, read_json, remembered_digest, save_directory
+from steerwell.models.encoder import positions, train_what_is_read
 from steerwell.models.forward import Pooling, head_outputs
-from steerwell.models.load import MAX_TOKENS, Policy, by_group, evaluating, load_parts, name_of
+from steerwell.models.load import (
+    MAX_TOKENS,
+    Policy,
+    by_group,
+    encoder_config,
+    evaluating,
+    load_parts,
+    name_of,
+    unwrap,
+)
+from steerwell.models.load_encoder import load_encoder
+from steerwell.models.pairs import tokenize_pairs
 from steerwell.models.render import TokenizedGroup, ending, tokenize_groups
 from steerwell.models.reward_head import add_gate, load_gate
 from steerwell.models.scoring import (
@@ -87,6 +99,42 @@ class RewardModel:
         recipe = made_for(policy.tokenizer, ScoringRecipe(pooling, head=head, outputs=outputs))
         return cls(whole, policy.tokenizer, recipe, name or f"{policy.name}-reward")
 
+    @classmethod
+    def from_encoder(
+        cls,
+        path: str | Path,
+        *,
+        pooling: Pooling = "cls",
+        max_length: int | None = None,
+        lora: int | None = None,
+        adapter: AdapterKind = "lora",
+        lora_alpha: float | None = None,
+        lora_targets: Iterable[str] | None = None,
+        device: str | torch.device | None = None,
+        dtype: str | torch.dtype | None = None,
+        name: str | None = None,
+        head: str = "score",
+        outputs: tuple[str, ...] = ("score",),
+    ) -> RewardModel:
+        """A new reward model on an encoder (BERT, RoBERTa, DeBERTa, ModernBERT, a model of sentence-transformers).
+
+        It reads a prompt and a completion as a pair of texts of at most ``max_length`` tokens
+        (:func:`steerwell.models.pairs.tokenize_pairs`). ``pooling`` is ``cls``, the model's own way to an output, or
+        ``mean``, the mean over the completion's tokens. Its output layer is close to zero, always the same. With
+        ``lora`` an adapter and the head are trained, and nothing else.
+
+        Raises :class:`InputError` for a model that is no encoder, and as
+        :func:`steerwell.models.load_encoder.load_encoder` does.
+        """
+        asked = asked_adapter(lora, adapter, lora_alpha, lora_targets)
+        recipe = ScoringRecipe(pooling, head=head, outputs=outputs, template="pair", max_length=max_length)
+        if encoder_config(model_place(path)) is None:
+            raise InputError("this is no encoder", file=path, mend="Use from_policy with a language model.")
+        model, tokenizer = load_encoder(path, device, dtype, asked, outputs=len(outputs))
+        train_what_is_read(model, pooling)
+        whole: Any = model if asked is None else add_adapter(model, asked)
+        return cls(whole, tokenizer, recipe, name or f"{name_of(path)}-reward", str(path))
+
     @property
     def device(self) -> torch.device:
         """Where the weights are."""
@@ -101,8 +149,17 @@ class RewardModel:
     def tokenize(
         self, groups: Iterable[CompletionGroup], max_length: int | None = None
     ) -> list[TokenizedGroup]:
-        """Token ids of groups; see :func:`steerwell.models.render.tokenize_groups`."""
+        """Token ids of groups; see :func:`steerwell.models.render.tokenize_groups`, and for a recipe of pairs
+        :func:`steerwell.models.pairs.tokenize_pairs`.
+        """
+        if self.recipe.template == "pair":
+            return tokenize_pairs(self.tokenizer, groups, self.limit(max_length))
         return tokenize_groups(self.tokenizer, groups, max_length)
+
+    def limit(self, max_length: int | None = None) -> int | None:
+        """The tokens that a pair may have: the least of what is asked for, the recipe's and what the encoder reads."""
+        limits = (max_length, self.recipe.max_length, positions(unwrap(self.model)))
+        return min((n for n in limits if n is not None), default=None)
 
     @torch.no_grad()
     def score(self, groups: Iterable[CompletionGroup], *, max_tokens: int = MAX_TOKENS) -> list[list[float]]:
@@ -206,6 +263,11 @@ class RewardModel:
                 f"a gate weighs attributes, and this head gives {self.recipe.head}",
                 mend='Train one with objective = "regression" first.',
             )
+        if self.recipe.template == "pair":
+            raise InputError(
+                "a gate reads the prompt alone, and an encoder reads both ways",
+                mend="Use weights: model.with_recipe(weights=(…)).",
+            )
         if hasattr(self.model, "peft_config"):
             raise InputError(
                 "a gate cannot be put on a model with an adapter", mend="Merge it: save and load."
@@ -238,7 +300,8 @@ def load_reward_model(
     dtype: str | torch.dtype | None = None,
     name: str | None = None,
 ) -> RewardModel:
-    """Load a reward model: a sequence classifier. Without a recipe it has one label and reads the last token.
+    """Load a reward model: a sequence classifier. Without a recipe it has one label and reads the last token, and on
+    an encoder a pair of texts in the model's own way.
 
     With ``lora`` a new adapter and the head are trained, and nothing else; see :func:`load_policy`.
 
@@ -256,10 +319,20 @@ def load_reward_model(
                 file=path,
                 mend='Train one from it: a recipe with objective = "bradley_terry".',
             )
-    recipe = ScoringRecipe()
+    encoder = encoder_config(path) is not None
+    recipe = ScoringRecipe("cls", template="pair") if encoder else ScoringRecipe()
     if (local / SCORING_FILE).is_file():
         recipe = read_recipe(read_json(local / SCORING_FILE), local / SCORING_FILE)
-    model, tokenizer = load_parts(AutoModelForSequenceClassification, path, device, dtype, asked)
+    if encoder != (recipe.template == "pair"):
+        raise InputError(
+            f"the template of an encoder is pair, that of a decoder chat, and this is {recipe.template}",
+            file=local / SCORING_FILE,
+        )
+    if encoder:
+        model, tokenizer = load_encoder(path, device, dtype, asked)
+        train_what_is_read(model, recipe.pooling)
+    else:
+        model, tokenizer = load_parts(AutoModelForSequenceClassification, path, device, dtype, asked)
     check_classifier(model, path)
     check_tokenizer(recipe, tokenizer, path)
     check_outputs(recipe, model, path)

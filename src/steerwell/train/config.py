@@ -66,8 +66,9 @@ class TrainConfig(BaseModel):
     dropout: bool = Field(
         default=False, description="use the model's dropout; off, a run starts exactly at its start"
     )
-    pooling: Literal["last", "mean"] = Field(
-        default="last", description="where a reward model reads its score"
+    pooling: Literal["last", "mean", "cls"] = Field(
+        default="last",
+        description="where a reward model reads its score: last or mean; on an encoder cls (the default there) or mean",
     )
     train_only: Literal["head", "gate"] | None = Field(
         default=None,

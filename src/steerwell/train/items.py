@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -34,6 +34,9 @@ from steerwell.models.render import (
 from steerwell.objectives import advantages as advantage_table
 from steerwell.train import targets
 from steerwell.train.terms import Term, demonstrations, needed, prune
+
+if TYPE_CHECKING:
+    from steerwell.models.reward_model import RewardModel
 
 TOKENIZE_AT_ONCE = 256
 OLD_NAMES = frozenset({"old_per_token_logps", "old_logps"})
@@ -82,18 +85,20 @@ def prepare(
     into: Any = None,
     context: int | None = None,
     step_separator: str = SEPARATOR,
+    reader: RewardModel | None = None,
 ) -> Prepared:
     """Tokenise what the terms read, a slice of the groups at a time; each group is asked for once. A group that
     ``max_length`` leaves nothing of to score is left out and counted. Completions without ``steps`` are cut by
     ``step_separator``, where steps are asked for.
 
+    ``reader`` is a reward model that makes tokens in its own way (an encoder's pairs) and cuts them itself.
     The items go ``into`` what is given (an :class:`~steerwell.train.item_file.ItemFile`), else into a list.
     Raises :class:`InputError` when more than half of the groups cannot be used, for a pair of equal token
     sequences, for templates or completions that :func:`tokenize_groups` refuses, and for a sequence of more than
     ``context`` tokens (None: there is no limit).
     """
     items = [] if into is None else into
-    account = _Account(max_length)
+    account = _Account(max_length if reader is None else reader.limit(max_length), reader is not None)
     too_long: InputError | None = None
     first: tuple[CompletionGroup, InputError] | None = None
     refused = done = 0
@@ -101,7 +106,8 @@ def prepare(
     for part in _kept(groups, terms, account):
         if stepwise:
             part = [_cut(group, step_separator) for group in part]
-        for group, tokens in zip(part, tokenize_groups(tokenizer, part), strict=True):
+        read = tokenize_groups(tokenizer, part) if reader is None else reader.tokenize(part, max_length)
+        for group, tokens in zip(part, read, strict=True):
             if max_length is not None and not truncate(tokens, max_length):
                 error = no_room(tokens, max_length)
                 account.leave_out(f"the prompt leaves no room in max_length={max_length}")
@@ -169,6 +175,7 @@ class _Account:
     """What becomes of the data, counted as it is read."""
 
     max_length: int | None
+    encoder: bool = False  # they are cut so that the closing token stays, and prompts at their beginning
     untargeted: int = 0  # groups with no target that the objective takes
     groups: int = 0
     completions: int = 0
@@ -176,6 +183,7 @@ class _Account:
     tokens: int = 0
     scored: int = 0
     cut: int = 0
+    cut_prompts: int = 0
     reasons: Counter[str] = field(default_factory=Counter)
 
     def leave_out(self, why: str) -> None:
@@ -190,6 +198,7 @@ class _Account:
         self.tokens += item.size
         self.scored += sum(item.lengths)
         self.cut += sum(item.tokens.truncated)
+        self.cut_prompts += item.tokens.cut_prompts
 
     def about(self) -> dict[str, Any]:
         """The counts for ``run.json``; ``notes`` are sentences about what was left out or cut."""
@@ -200,10 +209,17 @@ class _Account:
         notes = [f"left out {n:,} of {total:,} groups: {why}" for why, n in reasons.items()]
         if self.cut:
             most = "; most completions end nowhere, and a policy may not learn to stop"
+            lost = f"their end token{most if 2 * self.cut > self.completions else ''}"
             notes.append(
                 f"cut {self.cut:,} of {self.completions:,} completions ({share:.1%}) to max_length="
-                f"{self.max_length}: they have lost their end token{most if 2 * self.cut > self.completions else ''}"
+                f"{self.max_length}: they have lost {'their end' if self.encoder else lost}"
             )
+        if self.cut_prompts:
+            notes.append(
+                f"{self.cut_prompts:,} of {self.completions:,} completions are read after a prompt that has lost its "
+                f"beginning to max_length={self.max_length}"
+            )
+        prompts = {"truncated_prompts": self.cut_prompts} if self.encoder else {}
         return {
             "groups": self.groups,
             "groups_left_out": left_out,
@@ -214,6 +230,7 @@ class _Account:
             "scored_tokens": self.scored,
             "truncated_completions": self.cut,
             "truncated_share": share,
+            **prompts,
             "notes": notes,
         }
 

@@ -243,10 +243,11 @@ def _refuse_unused(
 def _train(policy: Any, order: _Order, folder: RunDir, ranks: Ranks) -> Model:
     reward = order.terms[0].kind == "reward"
     owned = isinstance(policy, str | Path)
-    given: Model = ranks.together(lambda: load_model(policy, reward, order.adapter)) if owned else policy
+    head = asked_head(order.terms, order.groups) if reward else None
+    asked = order.adapter, order.config, head
+    given: Model = ranks.together(lambda: load_model(policy, reward, *asked)) if owned else policy
     config = completed(order.config, order.terms, given)
     start = start_digest(given)
-    head = asked_head(order.terms, order.groups) if reward else None
     data = _prepared(order, order.groups, given, config, ItemFile(folder.path))
     held_out = _prepared(order, order.eval_groups, given, config, [])
     if "kl" in needed(order.terms) and order.source is None:
@@ -408,6 +409,7 @@ def _prepared(
         return Prepared([], {})
     own = given.recipe if isinstance(given, RewardModel) else None
     separator = own.step_separator if own is not None and own.aggregate is not None else config.step_separator
+    reader = given if isinstance(given, RewardModel) and given.recipe.template == "pair" else None
     data = prepare(
         groups,
         order.terms,
@@ -418,13 +420,17 @@ def _prepared(
         into=into,
         context=context_of(given.model),
         step_separator=separator,
+        reader=reader,
     )
-    stops = given.stop_ids if isinstance(given, Policy) else stop_tokens(given.tokenizer)
-    ends = check_ends(data.items, given.tokenizer, stops, learns=order.terms[0].kind != "reward")
-    notes = [*data.about["notes"], *ends.pop("notes")]
+    notes, about = list(data.about["notes"]), dict(data.about)
+    if reader is None:  # an encoder's pairs end with no turn
+        stops = given.stop_ids if isinstance(given, Policy) else stop_tokens(given.tokenizer)
+        ends = check_ends(data.items, given.tokenizer, stops, learns=order.terms[0].kind != "reward")
+        notes += ends.pop("notes")
+        about["ends"] = ends
     if notes and order.progress is not None:
         order.progress("data", len(data.items), len(data.items), "; ".join(notes))
-    return Prepared(data.items, {**data.about, "ends": ends, "notes": notes})
+    return Prepared(data.items, {**about, "notes": notes})
 
 
 def context_of(model: Any) -> int | None:

@@ -17,6 +17,7 @@ from torch import Tensor
 from steerwell.data.errors import InputError
 from steerwell.models.batch import Layout, build, layout_for, pack
 from steerwell.models.distribution import collision, divergence, predicting
+from steerwell.models.encoder import score_layer
 from steerwell.models.forward import head_outputs, per_token_logps, sum_by_owner, token_logps, unwrap
 from steerwell.models.render import Sequence as TokenSequence
 from steerwell.models.render import TokenizedGroup
@@ -111,8 +112,8 @@ class Provider:
         found, gate = head_outputs(self.model, batch, self.scoring.pooling, gated=self.scoring.gate)
         out = {"head_scores": found, "scores": combined(found, self.scoring, gate)}
         if "head_weights" in self.names:
-            head: Any = unwrap(self.model).score
-            out["head_weights"] = inside(self.model, lambda: whole(head.weight).float().clone())
+            layer = score_layer(unwrap(self.model))
+            out["head_weights"] = inside(self.model, lambda: whole(layer.weight).float().clone())
         return out
 
     def logps(self, items: Sequence[Item]) -> tuple[Tensor, Tensor]:
