@@ -156,9 +156,8 @@ class ScoredJudge:
                 for a, b in ((i, j), (j, i))
                 for v in heard.get((field[a][0].id, field[b][0].id), [])
             ]
-            share = 2 * len(
-                field[k]
-            )  # a verdict's time and cost belong to both of its texts, and to their copies
+            # a verdict's time and cost belong to both of its texts, and to their copies
+            share = 2 * len(field[k])
             found.append(
                 Annotation(
                     kind="score",
