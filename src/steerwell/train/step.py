@@ -232,7 +232,7 @@ def kl_figures(tensors: Mapping[str, Tensor], totals: Totals) -> None:
     if "ref_per_token_logps" not in tensors:
         return
     mine, ref = tensors["per_token_logps"].detach(), tensors["ref_per_token_logps"]
-    zero = torch.zeros_like(tensors["lengths"])
+    zero = torch.zeros_like(tensors["lengths"], dtype=mine.dtype)
     totals.add("kl/k1", zero.index_add(0, tensors["owner"], mine - ref))
     totals.add("kl/k3", zero.index_add(0, tensors["owner"], k3(mine, ref)))
 
