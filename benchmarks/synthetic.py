@@ -115,6 +115,7 @@ def as_groups(rows: list[list[list[int]]], method: str) -> list[Any]:
             "reward": {"pairs": (Pair(0, 1),)},
             "kto": {"labels": (True, False)},
             "sft": {},
+            "sample": {},
         }[method]
         groups.append(CompletionGroup(asked, answers, **targets))
     return groups
