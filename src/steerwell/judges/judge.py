@@ -14,7 +14,7 @@ from steerwell.data.errors import InputError, nearest
 from steerwell.data.types import Annotation, CompletionGroup
 
 KINDS = {
-    "rm": "rm:DIRECTORY, a reward model: one score per completion",
+    "rm": "rm:DIRECTORY, a reward model: one score per completion; of an ensemble rm:DIRECTORY?combine=min",
     "rules": "rules:max_words:50,no_repeat, rules with a known meaning: one score per completion",
     "refusal": "refusal, a classifier: does the completion refuse? full, partial or none",
     "openai": "openai:MODEL, any OpenAI-compatible chat endpoint: compares pairs, in both orders",
@@ -61,8 +61,27 @@ def parse(text: str, **settings: Any) -> Judge:
             mend="Only openai:MODEL takes criteria and a base URL.",
         )
     if kind == "rm":
-        return reward_model(rest)
+        place, _, asked = rest.partition("?")
+        return reward_model(place, **_combining(asked, text))
     return rules(*split_rules(rest)) if kind == "rules" else refusal()
+
+
+def _combining(asked: str, text: str) -> dict[str, Any]:
+    """``combine=uwo&penalty=0.5`` as settings."""
+    found: dict[str, Any] = {}
+    for part in filter(None, asked.split("&")):
+        key, _, value = part.partition("=")
+        if key not in ("combine", "penalty"):
+            raise InputError(
+                f"unknown setting {key!r} in {text!r}", mend=nearest(key, ("combine", "penalty"))
+            )
+        try:
+            found[key] = value if key == "combine" else float(value)
+        except ValueError:
+            raise InputError(
+                f"penalty must be a number, got {value!r}", mend="Write rm:DIRECTORY?combine=uwo&penalty=0.5."
+            ) from None
+    return found
 
 
 __all__ = ["KINDS", "Judge", "parse"]

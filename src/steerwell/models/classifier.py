@@ -13,10 +13,20 @@ from transformers import AutoModelForSequenceClassification, PreTrainedModel
 from steerwell.data.errors import InputError
 from steerwell.models.forward import adopt
 
+#: Size of a fresh head's outputs, where hidden states have numbers of size 1.
+NEAR_ZERO = 0.01
 
-def classifier_on(source: PreTrainedModel, pad_id: int, path: str | None = None, outputs: int = 1) -> Any:
-    """A classifier with so many ``outputs`` on the very backbone of ``source``; its head is near zero, always the
-    same.
+
+def classifier_on(
+    source: PreTrainedModel,
+    pad_id: int,
+    path: str | None = None,
+    outputs: int = 1,
+    *,
+    spread: float = NEAR_ZERO,
+) -> Any:
+    """A classifier with so many ``outputs`` on the very backbone of ``source``. Its head is always the same, another
+    row for each output, of standard deviation ``spread`` / sqrt(width).
 
     Raises :class:`InputError` for an architecture without a sequence classifier in ``transformers``.
     """
@@ -35,7 +45,7 @@ def classifier_on(source: PreTrainedModel, pad_id: int, path: str | None = None,
     setattr(model, model.base_model_prefix, source.base_model)
     noise = torch.Generator().manual_seed(0)
     shape = model.score.weight.shape
-    head = torch.randn(shape, generator=noise) * 0.01 / shape[1] ** 0.5
+    head = torch.randn(shape, generator=noise) * spread / shape[1] ** 0.5
     model.score.weight = nn.Parameter(head.to(source.device, source.dtype))
     adopt(model)
     return model.eval()
@@ -52,4 +62,4 @@ def check_classifier(model: Any, path: str | Path | None) -> None:
         )
 
 
-__all__ = ["check_classifier", "classifier_on"]
+__all__ = ["NEAR_ZERO", "check_classifier", "classifier_on"]

@@ -29,7 +29,7 @@ from steerwell.models.adapters import (
     merged,
     without_adapter,
 )
-from steerwell.models.classifier import check_classifier, classifier_on
+from steerwell.models.classifier import NEAR_ZERO, check_classifier, classifier_on
 from steerwell.models.directory import read_json, remembered_digest, save_directory
 from steerwell.models.forward import Pooling, head_outputs
 from steerwell.models.load import MAX_TOKENS, Policy, by_group, evaluating, load_parts, name_of
@@ -44,6 +44,10 @@ from steerwell.models.scoring import (
     made_for,
     read_recipe,
 )
+
+#: Size of a fresh head's outputs in an ensemble: the usual start of a reward head (arXiv:2009.01325), large enough to
+#: act as each member's own prior (arXiv:1806.03335).
+MEMBERS_APART = 1.0
 
 
 @dataclass(eq=False)
@@ -67,7 +71,8 @@ class RewardModel:
         head: str = "score",
         outputs: tuple[str, ...] = ("score",),
     ) -> RewardModel:
-        """A reward model on a copy of the policy's backbone; its new head is close to zero, always the same.
+        """A reward model on a copy of the policy's backbone; its new head is close to zero, always the same. Members of
+        an ensemble start apart, of size 1 (:data:`MEMBERS_APART`): what the data do not settle keeps them so.
 
         ``head`` says what the outputs are (:data:`steerwell.models.scoring.HEADS`), ``outputs`` names them.
 
@@ -81,7 +86,9 @@ class RewardModel:
         source = without_adapter(policy.model) if fresh else merged(policy.model)
         if source is policy.model:
             source = copy.deepcopy(source)
-        model = classifier_on(source, _pad_id(policy.tokenizer), policy.path or None, len(outputs))
+        spread = MEMBERS_APART if head == "members" else NEAR_ZERO
+        pad = _pad_id(policy.tokenizer)
+        model = classifier_on(source, pad, policy.path or None, len(outputs), spread=spread)
         whole: Any = model if adapter is None else add_adapter(model, adapter)
         recipe = made_for(policy.tokenizer, ScoringRecipe(pooling, head=head, outputs=outputs))
         return cls(whole, policy.tokenizer, recipe, name or f"{policy.name}-reward")
@@ -143,18 +150,26 @@ class RewardModel:
         """This model with scores of mean 0 and standard deviation 1 over the completions of ``groups``, the reference
         set; probabilities stay as they are. The network is shared.
 
+        Members of an ensemble are brought to one level and scale first, each by its own mean and standard deviation:
+        pairs leave the level of a member free, and ``min`` and ``uwo`` compare levels. Probabilities then go by the
+        mean of the members' scales.
+
         Raises :class:`InputError` where there are fewer than two different scores.
         """
+        groups = list(groups)
         plain = replace(self, recipe=replace(self.recipe, mean=0.0, std=1.0))
-        raw = [score for scores in plain.score(groups) for score in scores]
-        if len(set(raw)) < 2:
-            raise InputError(
-                f"{len(raw)} completions with {len(set(raw))} different scores have no scale",
-                mend="Give a reference set of some hundred completions.",
-            )
-        std = statistics.pstdev(raw)
-        temperature = self.recipe.temperature * self.recipe.std / std
-        return self.with_recipe(mean=statistics.fmean(raw), std=std, temperature=temperature)
+        raw_temperature = (
+            self.recipe.temperature * self.recipe.std * statistics.fmean(self.recipe.scales or [1])
+        )
+        if self.recipe.head == "members":
+            plain = plain.with_recipe(levels=None, scales=None)
+            rows = [[*each.values()] for own in plain.outputs(groups) for each in own]
+            columns = [_scale([row[i] for row in rows]) for i in range(len(self.recipe.outputs))]
+            levels, scales = zip(*columns, strict=True)
+            plain = plain.with_recipe(levels=levels, scales=scales)
+        mean, std = _scale([score for scores in plain.score(groups) for score in scores])
+        temperature = raw_temperature / (std * statistics.fmean(plain.recipe.scales or [1]))
+        return plain.with_recipe(mean=mean, std=std, temperature=temperature)
 
     def with_recipe(self, **changes: Any) -> RewardModel:
         """This model with another recipe; the network is shared."""
@@ -231,6 +246,16 @@ def load_reward_model(
         load_gate(model, local)
     whole: Any = model if asked is None else add_adapter(model, asked)
     return RewardModel(whole, tokenizer, recipe, name or name_of(path), str(path))
+
+
+def _scale(raw: list[float]) -> tuple[float, float]:
+    """Mean and standard deviation."""
+    if len(set(raw)) < 2:
+        raise InputError(
+            f"{len(raw)} completions with {len(set(raw))} different scores have no scale",
+            mend="Give a reference set of some hundred completions.",
+        )
+    return statistics.fmean(raw), statistics.pstdev(raw)
 
 
 def _pad_id(tokenizer: PreTrainedTokenizerBase) -> int:

@@ -24,18 +24,15 @@ from steerwell.objectives.table import (
     Objective,
     ObjectiveError,
     get,
-    hyperparameters,
     needs,
     optional,
 )
+from steerwell.testing.batches import PER_PROMPT, Batch, batch_for, made_up, take
 
-PER_PROMPT = 4
 FAR = 1e4
 APART = 100.0  # nats between two completions that are far apart, still within the exact range of every loss
 RTOL, ATOL = 1e-9, 1e-11
 PAIRED = [name for name, facts in TENSORS.items() if facts.shape[-1:] == ("M",)]
-
-Batch = dict[str, Tensor]
 
 
 class _Outcome(NamedTuple):
@@ -99,106 +96,11 @@ def check_objective(fn: Callable[..., Any] | str, *, seed: int = 0, **hyper: Any
     return tuple(checks)
 
 
-def made_up(
-    names: tuple[str, ...], *, prompts: int = 3, seed: int = 0, at_start: bool = False, heads: int = 2
-) -> Batch:
-    """Float64 tensors by name for ``prompts`` prompts of four completions. Raises KeyError for unknown names.
-
-    ``at_start``: policy, reference and sampling policy agree, and kl is 0, as on the first step of a run; all
-    outputs of a reward model's head are 0. ``heads``: how many outputs it has.
-    """
-    g = torch.Generator().manual_seed(seed)
-    n = prompts * PER_PROMPT
-    place = torch.arange(n) % PER_PROMPT
-    lengths = torch.randint(1, 5, (n,), generator=g)
-    owner = torch.repeat_interleave(torch.arange(n), lengths)
-
-    def normal(size: int) -> Tensor:
-        return torch.randn(size, generator=g, dtype=torch.float64)
-
-    def summed(x: Tensor) -> Tensor:
-        return torch.zeros(n, dtype=torch.float64).index_add(0, owner, x)
-
-    policy = -normal(len(owner)).square() - 0.05
-    apart = 0.0 if at_start else 1.0
-    ref, old = (policy + apart * spread * normal(len(owner)) for spread in (0.5, 0.15))
-    quality = torch.tensor([1.0, -1.0, 0.2, -0.3], dtype=torch.float64)[place]
-    first = torch.arange(prompts) * PER_PROMPT
-    pairs = torch.cat([torch.stack([first + a, first + b]) for a, b in ((0, 1), (0, 2), (2, 1))], dim=1)
-    attributes = torch.stack([quality + 0.1 * normal(n), 0.5 * quality + 0.1 * normal(n)], dim=1)
-    attributes[::5, 1] = torch.nan  # not every completion was scored by every attribute
-    everything = {
-        "logps": summed(policy),
-        "ref_logps": summed(ref),
-        "old_logps": summed(old),
-        "lengths": lengths.double(),
-        "pairs": pairs,
-        "pair_probs": 0.6 + 0.4 * torch.rand(3 * prompts, generator=g, dtype=torch.float64),
-        "labels": quality > 0,
-        "ranks": torch.tensor([0, 3, 1, 2])[place],
-        "scores": 2 * quality + 0.1 * normal(n),
-        "rewards": 2 * quality + 0.1 * normal(n),
-        "head_scores": apart * torch.stack([quality + 0.3 * normal(n) for _ in range(heads)], dim=1),
-        "head_weights": normal(3 * heads).view(heads, 3),
-        "attributes": attributes,
-        "pair_strengths": torch.randint(0, 4, (3 * prompts,), generator=g).double(),
-        "group": torch.arange(n) // PER_PROMPT,
-        "advantages": quality * (0.5 + torch.rand(n, generator=g, dtype=torch.float64)),
-        "demonstrations": (place == 0) | (place == 2),
-        "kl": torch.tensor(0.3 * apart, dtype=torch.float64),
-        "per_token_logps": policy,
-        "ref_per_token_logps": ref,
-        "old_per_token_logps": old,
-        "owner": owner,
-        "per_token_kl": apart * normal(len(owner)).square(),
-        "per_token_collision": -normal(len(owner)).square() - 0.05,
-        "token_weights": 0.5 + torch.rand(len(owner), generator=g, dtype=torch.float64),
-        "turns": _place_within(owner, lengths) // 2,
-        "steps": _place_within(owner, lengths) // 2,
-        "shared_tokens": (lengths[pairs].amin(0) - 1).clamp(max=2),  # so that both have a token after them
-    }
-    return {name: everything[name] for name in dict.fromkeys((*names, "lengths", "owner", "group"))}
-
-
-def batch_for(objective: Objective, names: tuple[str, ...], hyper: Mapping[str, Any], **how: Any) -> Batch:
-    """:func:`made_up`, with as many outputs of the head as the objective asks of a reward model."""
-    values = {"levels": (), "members": 2, **hyperparameters(objective), **hyper}
-    heads = {"quantiles": len(values["levels"]), "members": values["members"]}.get(objective.head, 2)
-    return made_up(names, heads=heads, **how)
-
-
-def _place_within(owner: Tensor, lengths: Tensor) -> Tensor:
-    """Of each token, how many tokens of its completion come before it."""
-    return torch.arange(len(owner)) - (lengths.cumsum(0) - lengths)[owner]
-
-
-def take(batch: Batch, index: Tensor) -> tuple[Batch, dict[str, Tensor]]:
-    """The completions ``index`` in that order, with their tokens, and the pairs that lie within.
-
-    Also returns, by shape letter, the positions in ``batch`` that were taken ("N", "S", "M").
-    """
-    n = len(batch["lengths"])
-    place = torch.full((n,), -1)
-    place[index] = torch.arange(len(index))
-    owned = [torch.nonzero(batch["owner"] == i).flatten() for i in index.tolist()]
-    tokens = torch.cat(owned) if owned else torch.zeros(0, dtype=torch.long)
-    pairs = place[batch["pairs"]] if "pairs" in batch else torch.zeros(2, 0, dtype=torch.long)
-    inside = torch.nonzero((pairs >= 0).all(0)).flatten()
-    taken = {"N": index, "S": tokens, "M": inside}
-    out: Batch = {}
-    for name, x in batch.items():
-        shape = TENSORS[name].shape
-        whole = not shape or shape[0] == "H"  # nothing of a completion's or a pair's
-        out[name] = x if whole else pairs[:, inside] if name == "pairs" else x[taken[shape[0]]]
-    out["owner"] = place[out["owner"]]
-    return out, taken
-
-
 def _learnt(objective: Objective, names: tuple[str, ...]) -> tuple[str, ...]:
     return tuple(
         name
         for name in (
-            ("scores", "head_scores")
+            ("scores", "head_scores", "head_weights")
             if objective.kind == "reward"
             else ("logps", "per_token_logps", "per_token_kl")
         )
@@ -218,6 +120,11 @@ def _evaluate(
         for (name, x), gradient in zip(learnt.items(), gradients, strict=True)
     }
     return _Outcome(losses.detach(), metrics, named)
+
+
+def _rows(name: str, taken: Mapping[str, Tensor]) -> Any:
+    """Where the rows of a tensor went; all of them, if they are nothing of a completion's or a pair's."""
+    return taken.get(TENSORS[name].shape[0], slice(None))
 
 
 def _close(actual: Tensor, expected: Tensor, what: str) -> None:
@@ -270,11 +177,13 @@ def _check_sign(objective: Objective, names: tuple[str, ...], hyper: Mapping[str
         return
     slope = torch.zeros(n, dtype=torch.float64)
     for name, gradient in _evaluate(objective, names, batch, hyper).gradients.items():
-        if name == "per_token_kl":  # a distance from the reference prefers no completion
+        if name in ("per_token_kl", "head_weights"):  # what holds the model itself prefers no completion
             continue
         by_token = TENSORS[name].shape == ("S",)
         own = gradient.flatten(1).sum(1) if gradient.dim() > 1 else gradient
         slope.index_add_(0, batch["owner"] if by_token else torch.arange(n), own)
+    if not slope.any() and _learnt(objective, names) == ("head_weights",):
+        return
     good, bad = slope[0::2], slope[1::2]
     assert (good - bad < 0).all(), f"the loss rises towards the better completion: slopes {good - bad}"
     if "pairs" not in names and {"labels", "advantages", "demonstrations"} & set(names):
@@ -313,7 +222,7 @@ def _check_extremes(
             coin = torch.rand(x.shape, generator=g) < 0.5
             if name.endswith("logps"):
                 batch[name] = torch.where(coin, -FAR, 0.0).float()
-            elif name in ("scores", "head_scores") and objective.kind == "reward":
+            elif name in ("scores", "head_scores", "head_weights") and objective.kind == "reward":
                 batch[name] = torch.where(coin, -FAR, FAR).float()
             elif name == "kl":
                 batch[name] = torch.tensor([FAR, -FAR, 0.0][turn])
@@ -355,7 +264,7 @@ def _check_permutation(
         shuffled |= {name: x[..., order] for name, x in shuffled.items() if name in PAIRED}
     after = _evaluate(objective, names, shuffled, hyper)
     for name, gradient in before.gradients.items():
-        moved = gradient[taken[TENSORS[name].shape[0]]]
+        moved = gradient[_rows(name, taken)]
         _close(after.gradients[name], moved, f"gradient of {name} after a permutation")
     if objective.decomposable:
         place = torch.zeros(int(taken[UNIT_LETTER[objective.unit]].numel()), dtype=torch.long)
@@ -375,7 +284,7 @@ def _check_copies(objective: Objective, names: tuple[str, ...], hyper: Mapping[s
         shift = n if name in ("pairs", "owner", "group") else 0
         double[name] = (
             torch.cat([x, x + shift if shift else x], dim=1 if name == "pairs" else 0)
-            if TENSORS[name].shape
+            if TENSORS[name].shape and name != "head_weights"
             else x
         )
     once = _evaluate(objective, names, batch, hyper).losses.sum()
@@ -406,7 +315,7 @@ def _check_microbatches(
         part_value, part_gradients = step(part)
         total = total + part_value
         for name, x in part_gradients.items():
-            gathered[name][taken[TENSORS[name].shape[0]]] += x
+            gathered[name][_rows(name, taken)] += x
     _close(total, value, "sum over micro-batches")
     for name, x in gradients.items():
         _close(gathered[name], x, f"gradient of {name} over micro-batches")
@@ -421,6 +330,8 @@ def _check_removal(objective: Objective, names: tuple[str, ...], hyper: Mapping[
         idle &= ~batch[objective.mask]
     outcome = _evaluate(objective, names, batch, hyper)
     for name, gradient in outcome.gradients.items():
+        if name == "head_weights":
+            continue
         masked = idle if TENSORS[name].shape[0] == "N" else idle[batch["owner"]]
         assert not gradient[masked].any(), f"{name} of completions that do not count gets a gradient"
     fewer, _ = take(batch, torch.nonzero(~idle).flatten())
