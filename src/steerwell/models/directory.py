@@ -105,7 +105,7 @@ def save_directory(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     path: Path,
-    files: Mapping[str, str] | None = None,
+    files: Mapping[str, str | bytes] | None = None,
 ) -> Path:
     """Write a complete model directory aside and rename it into place."""
     path = path.expanduser()
@@ -124,8 +124,8 @@ def save_directory(
         with quiet(), disk_errors():
             model.save_pretrained(fresh, safe_serialization=True)
             tokenizer.save_pretrained(fresh)
-        for name, text in (files or {}).items():
-            (fresh / name).write_text(text, encoding="utf-8")
+        for name, content in (files or {}).items():
+            (fresh / name).write_bytes(content.encode() if isinstance(content, str) else content)
         if path.exists():
             os.replace(path, old)
         os.replace(fresh, path)

@@ -262,16 +262,24 @@ def load_parts(
 
 def by_group(
     groups: list[TokenizedGroup], values: Callable[[Any], torch.Tensor], model: Any, max_tokens: int
-) -> list[list[float]]:
-    """``values`` of batches of the groups, under a token budget: one list per group, one number per completion."""
+) -> list[list[Any]]:
+    """``values`` of batches of the groups, under a token budget: one list per group, one number (or one list, where
+    they are a table) per completion.
+    """
+    out: list[list[Any]] = [[] for _ in groups]
+    for members, batch in batches(groups, model, max_tokens):
+        for owner, value in zip(batch.group.tolist(), values(batch).tolist(), strict=True):
+            out[members[owner]].append(value)
+    return out
+
+
+def batches(groups: list[TokenizedGroup], model: Any, max_tokens: int) -> Iterator[tuple[list[int], Any]]:
+    """The groups that have completions, under a token budget: which they are, and their batch on the model's device."""
     layout, device = layout_for("auto", model), next(model.parameters()).device
-    out: list[list[float]] = [[] for _ in groups]
     busy = [i for i, group in enumerate(groups) if group.sequences]
     for members in pack([groups[i] for i in busy], max_tokens, layout):
-        batch = build([groups[busy[i]] for i in members], layout).to(device)
-        for owner, value in zip(batch.group.tolist(), values(batch).tolist(), strict=True):
-            out[busy[members[owner]]].append(value)
-    return out
+        own = [busy[i] for i in members]
+        yield own, build([groups[i] for i in own], layout).to(device)
 
 
 @contextmanager
@@ -293,6 +301,7 @@ def name_of(path: str | Path) -> str:
 __all__ = [
     "MAX_TOKENS",
     "Policy",
+    "batches",
     "by_group",
     "evaluating",
     "load_parts",

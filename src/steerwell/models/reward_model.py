@@ -13,7 +13,7 @@ import statistics
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from transformers import AutoModelForSequenceClassification, PreTrainedTokenizerBase
@@ -29,6 +29,7 @@ from steerwell.models.adapters import (
     merged,
     without_adapter,
 )
+from steerwell.models.bayesian_head import UNCERTAINTY_FILE, Posterior, read_posterior, with_posterior
 from steerwell.models.classifier import NEAR_ZERO, check_classifier, classifier_on
 from steerwell.models.directory import read_json, remembered_digest, save_directory
 from steerwell.models.forward import Pooling, head_outputs
@@ -44,6 +45,7 @@ from steerwell.models.scoring import (
     made_for,
     read_recipe,
 )
+from steerwell.models.uncertainty import margins_with_std, moderation, score_with_std
 
 #: Size of a fresh head's outputs in an ensemble: the usual start of a reward head (arXiv:2009.01325), large enough to
 #: act as each member's own prior (arXiv:1806.03335).
@@ -60,6 +62,7 @@ class RewardModel:
     name: str = "reward-model"
     path: str = ""
     _digest: tuple[Any, str] | None = field(default=None, repr=False)
+    _posterior: Posterior | None = field(default=None, repr=False)
 
     @classmethod
     def from_policy(
@@ -140,11 +143,64 @@ class RewardModel:
         found, gate = head_outputs(self.model, batch, self.recipe.pooling, gated=gated)
         return found, self.recipe, gate
 
-    def probability(self, better: float, other: float) -> float:
-        """The probability that a completion of the first score is preferred to one of the second, by the recipe's
-        temperature.
+    def score_with_std(
+        self, groups: Iterable[CompletionGroup], *, max_tokens: int = MAX_TOKENS
+    ) -> list[list[tuple[float, float]]]:
+        """The score of every completion and its standard deviation, in units of the scores, one list per group.
+
+        Members of an ensemble: over the members (the sum of squares divided by their number). Quantiles: the distance
+        of the two that lie nearest to 0.16 and 0.84, in standard deviations of a normal distribution. A posterior
+        (:meth:`with_uncertainty`): of the mean score at this completion, without the noise of single verdicts; with
+        pairs, of the difference from the mean completion of the data, as pairs leave the level open.
+
+        Raises :class:`InputError` for a model that has none of these.
         """
-        return 1 / (1 + math.exp(min(700.0, (other - better) / self.recipe.temperature)))
+        return score_with_std(self, groups, max_tokens)
+
+    def margins_with_std(
+        self, groups: Iterable[CompletionGroup], *, max_tokens: int = MAX_TOKENS
+    ) -> list[list[tuple[float, float]]]:
+        """For every pair of every group the score of its first completion less that of its second, and the standard
+        deviation of that difference: over the members, or by the posterior; quantiles are taken for independent.
+
+        Raises :class:`InputError` as :meth:`score_with_std` does.
+        """
+        return margins_with_std(self, groups, max_tokens)
+
+    def with_uncertainty(
+        self,
+        groups: Iterable[CompletionGroup],
+        prior_precision: float | Literal["likeliest"] = 1.0,
+        *,
+        max_tokens: int = MAX_TOKENS,
+    ) -> RewardModel:
+        """This model with a posterior of its head (:mod:`steerwell.models.bayesian_head`), from the pairs of ``groups``
+        (one score), their scores where no group has a pair, or their attributes. The network is shared, and scores
+        stay as they are; the posterior is saved with the model.
+
+        ``prior_precision``: 1 / variance of each weight before the data; ``likeliest``: by the marginal likelihood.
+        It takes one pass over the data, and D^2 numbers for each output at a width of D.
+
+        Raises :class:`InputError` for other heads, and where the groups hold nothing of the kind.
+        """
+        return with_posterior(self, groups, prior_precision, max_tokens)
+
+    def posterior(self) -> Posterior:
+        """The posterior of the head, read from the model's directory when it is first asked for. Raises
+        :class:`InputError` where there is none.
+        """
+        if self._posterior is None:
+            self._posterior = read_posterior(Path(self.path) / UNCERTAINTY_FILE, self.recipe.uncertainty)
+        return self._posterior
+
+    def probability(self, better: float, other: float, *, variance: float = 0.0) -> float:
+        """The probability that a completion of the first score is preferred to one of the second, by the recipe's
+        temperature. ``variance``: of the difference, which then counts less (:func:`uncertainty.moderation`); the
+        square of what :meth:`margins_with_std` gives.
+        """
+        logit = (better - other) / self.recipe.temperature
+        logit *= moderation(variance / self.recipe.temperature**2)
+        return 1 / (1 + math.exp(min(700.0, -logit)))
 
     def normalised(self, groups: Iterable[CompletionGroup]) -> RewardModel:
         """This model with scores of mean 0 and standard deviation 1 over the completions of ``groups``, the reference
@@ -195,15 +251,14 @@ class RewardModel:
 
     def save(self, path: str | Path) -> Path:
         """Write a complete model directory with its scoring recipe; see :meth:`Policy.save`."""
-        return save_directory(
-            merged(self.model), self.tokenizer, Path(path), {SCORING_FILE: self.recipe.to_json()}
-        )
+        files: dict[str, str | bytes] = {SCORING_FILE: self.recipe.to_json()}
+        if self.recipe.uncertainty:
+            files[UNCERTAINTY_FILE] = self.posterior().to_bytes()
+        return save_directory(merged(self.model), self.tokenizer, Path(path), files)
 
     def copy(self) -> RewardModel:
         """An independent copy with equal weights, on the same device."""
-        return RewardModel(
-            copy.deepcopy(self.model), self.tokenizer, self.recipe, self.name, self.path, self._digest
-        )
+        return replace(self, model=copy.deepcopy(self.model))
 
 
 def load_reward_model(

@@ -48,6 +48,7 @@ class ScoringRecipe:
     :meth:`~steerwell.models.reward_model.RewardModel.normalised`. A score is ``(combined - mean) / std``.
     temperature: s((a - b) / temperature) is the probability that a completion of score a is preferred to one of
     score b. cutpoints: of the model's ``ordinal`` objective.
+    uncertainty: digest of the posterior beside the model (:mod:`steerwell.models.bayesian_head`); empty: it has none.
     template, stop: digest of the chat template and the token that ends a turn, as in training; empty: not recorded.
     """
 
@@ -64,6 +65,7 @@ class ScoringRecipe:
     scales: tuple[float, ...] | None = None
     temperature: float = 1.0
     cutpoints: tuple[float, ...] | None = None
+    uncertainty: str = ""
     template: str = ""
     stop: str = ""
 
@@ -149,8 +151,8 @@ def member_scores(head_scores: Tensor, recipe: ScoringRecipe) -> Tensor:
 
 
 def by_members(each: Tensor, combine: str, penalty: float) -> Tensor:
-    """One score (N,) from those of members (N, H): their mean, their least (WCO), or mean - penalty * variance (UWO,
-    arXiv:2310.02743, equation 5; the variance divides by their number).
+    """One score (N,) from those of members (N, H): their mean, their least (WCO), or mean - penalty * variance (UWO;
+    arXiv:2310.02743, section 3; the variance divides by their number).
     """
     if combine == "min":
         return each.amin(1)

@@ -121,7 +121,7 @@ def _times(x: Tensor, factor: int) -> Tensor:
     kind="reward",
     head="quality_length",
     decomposable=False,
-    source="arXiv:2402.07319 (ODIN), equations 6 and 7, and its code",
+    source="arXiv:2402.07319 (ODIN), the ranking and length losses, and its code",
 )
 def odin_pairs(
     head_scores: Tensor,
@@ -188,7 +188,7 @@ def correlation(x: Tensor, y: Tensor) -> Tensor:
     unit="completion",
     kind="reward",
     head="quality_length",
-    source="arXiv:2402.07319 (ODIN), equation 8, and its code",
+    source="arXiv:2402.07319 (ODIN), the orthogonal loss, and its code",
 )
 def orthogonal_heads(head_weights: Tensor, lengths: Tensor) -> tuple[Tensor, Metrics]:
     """ODIN's third loss: the weights of quality and of length stand at right angles.
