@@ -21,7 +21,7 @@ from steerwell.models.reward_model import RewardModel, load_reward_model
 from steerwell.models.uncertainty import moderation
 from tiny import tiny_llama, tiny_tokenizer
 
-WORDS = "alpha bravo delta echo golf hotel kilo lima mike oscar papa romeo".split()
+WORDS = ["alpha", "bravo", "delta", "echo", "golf", "hotel", "kilo", "lima", "mike", "oscar", "papa", "romeo"]
 
 
 def policy() -> Policy:
@@ -45,7 +45,7 @@ def groups(n: int = 30, seed: int = 0) -> list[CompletionGroup]:
                 pairs=(Pair(0, 1, 1.0), Pair(2, 0, 1.0)),
                 scores=scores,
                 attributes={"help": scores, "tone": (None, *scores[1:])},
-            )  # fmt: skip
+            )
         )
     return found
 
