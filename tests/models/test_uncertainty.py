@@ -226,7 +226,7 @@ def test_members_and_quantiles_have_a_spread_of_their_own() -> None:
 
 def test_what_has_no_spread_says_what_to_train() -> None:
     data = groups(2)
-    with pytest.raises(InputError, match="gives a score and no spread.*with_uncertainty"):
+    with pytest.raises(InputError, match=r"gives a score and no spread.*with_uncertainty"):
         model().score_with_std(data)
     with pytest.raises(InputError, match="this one gives members"):
         model("members", ("a", "b")).with_uncertainty(data)

@@ -206,9 +206,12 @@ def load_parts(
     device: str | torch.device | None,
     dtype: str | torch.dtype | None,
     adapter: Adapter | None,
+    *,
+    labels: int | None = None,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The network and the tokenizer of a model directory, checked, on their device, and ready for batches. ``kind`` is
-    the class of ``transformers`` that reads it. Raises :class:`InputError` for all that can be wrong with it.
+    the class of ``transformers`` that reads it. With ``labels`` its head of so many outputs need not be there: the
+    caller has it. Raises :class:`InputError` for all that can be wrong with it.
     """
     place = check_directory(path)
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
@@ -230,6 +233,8 @@ def load_parts(
             raise InputError("the tokenizer has no chat template", file=path, mend=TEMPLATE_MEND)
         if quantised is not None:
             how |= {"quantization_config": quantised, "device_map": {"": device}}
+        if labels is not None:
+            how |= {"num_labels": labels}
         try:
             model, info = kind.from_pretrained(
                 place, dtype=dtype, use_safetensors=True, output_loading_info=True, **how
@@ -240,7 +245,7 @@ def load_parts(
                 file=path,
                 mend="It must be a complete Hugging Face directory with safetensors weights.",
             ) from error
-    missing = sorted(info["missing_keys"])
+    missing = sorted(set(info["missing_keys"]) - ({"score.weight"} if labels is not None else set()))
     if missing:  # transformers would go on with random numbers there
         raise InputError(
             f"{len(missing)} weights of a {type(model).__name__} are missing ({missing[0]})",

@@ -20,6 +20,14 @@ from transformers import AutoModelForSequenceClassification, PreTrainedTokenizer
 
 from steerwell.data.errors import InputError
 from steerwell.data.types import CompletionGroup
+from steerwell.models.adapter_files import (
+    base_of,
+    is_adapter,
+    load_base,
+    read_adapter,
+    read_tokenizer,
+    write_adapter,
+)
 from steerwell.models.adapters import (
     AdapterKind,
     adapter_below_head,
@@ -31,7 +39,7 @@ from steerwell.models.adapters import (
 )
 from steerwell.models.bayesian_head import UNCERTAINTY_FILE, Posterior, read_posterior, with_posterior
 from steerwell.models.classifier import NEAR_ZERO, check_classifier, classifier_on
-from steerwell.models.directory import read_json, remembered_digest, save_directory
+from steerwell.models.directory import put_in_place, read_json, remembered_digest, save_directory
 from steerwell.models.forward import Pooling, head_outputs
 from steerwell.models.load import MAX_TOKENS, Policy, by_group, evaluating, load_parts, name_of
 from steerwell.models.render import TokenizedGroup, ending, tokenize_groups
@@ -61,6 +69,7 @@ class RewardModel:
     recipe: ScoringRecipe = field(default_factory=ScoringRecipe)
     name: str = "reward-model"
     path: str = ""
+    base: str = ""  # where the weights below its adapter lie, if they lie anywhere
     _digest: tuple[Any, str] | None = field(default=None, repr=False)
     _posterior: Posterior | None = field(default=None, repr=False)
 
@@ -94,7 +103,8 @@ class RewardModel:
         model = classifier_on(source, pad, policy.path or None, len(outputs), spread=spread)
         whole: Any = model if adapter is None else add_adapter(model, adapter)
         recipe = made_for(policy.tokenizer, ScoringRecipe(pooling, head=head, outputs=outputs))
-        return cls(whole, policy.tokenizer, recipe, name or f"{policy.name}-reward")
+        base = policy.path if fresh else ""
+        return cls(whole, policy.tokenizer, recipe, name or f"{policy.name}-reward", base=base)
 
     @property
     def device(self) -> torch.device:
@@ -256,6 +266,22 @@ class RewardModel:
             files[UNCERTAINTY_FILE] = self.posterior().to_bytes()
         return save_directory(merged(self.model), self.tokenizer, Path(path), files)
 
+    def save_adapter(self, path: str | Path) -> Path:
+        """Write the adapter and the head alone, in peft's layout, with the scoring recipe and the tokenizer;
+        :func:`load_reward_model` reads the directory as it does a whole model, from the base that it names.
+
+        Raises :class:`InputError` for a model without an adapter, with one over weights in 4 bits, and where the
+        weights below it lie in no directory (a policy with a trained adapter was merged).
+        """
+
+        def write(fresh: Path) -> None:
+            write_adapter(self.model, self.base, self.tokenizer, fresh)
+            (fresh / SCORING_FILE).write_text(self.recipe.to_json(), encoding="utf-8")
+            if self.recipe.uncertainty:
+                (fresh / UNCERTAINTY_FILE).write_bytes(self.posterior().to_bytes())
+
+        return put_in_place(Path(path), write)
+
     def copy(self) -> RewardModel:
         """An independent copy with equal weights, on the same device."""
         return replace(self, model=copy.deepcopy(self.model))
@@ -271,8 +297,10 @@ def load_reward_model(
     device: str | torch.device | None = None,
     dtype: str | torch.dtype | None = None,
     name: str | None = None,
+    base: str | Path | None = None,
 ) -> RewardModel:
-    """Load a reward model: a sequence classifier. Without a recipe it has one label and reads the last token.
+    """Load a reward model: a sequence classifier, or an adapter with a head (:meth:`RewardModel.save_adapter`) over the
+    base that its directory names, or over ``base``. Without a recipe it has one label and reads the last token.
 
     With ``lora`` a new adapter and the head are trained, and nothing else; see :func:`load_policy`.
 
@@ -281,6 +309,16 @@ def load_reward_model(
     """
     asked = asked_adapter(lora, adapter, lora_alpha, lora_targets)
     local = Path(path).expanduser()
+    if is_adapter(local):
+        if asked is not None:
+            raise InputError(
+                "this reward model has an adapter already",
+                file=path,
+                mend="Leave lora out, or save it whole first.",
+            )
+        return _over_base(local, base_of(local, base), device, dtype, name or name_of(path))
+    if base is not None:
+        raise InputError("base is given, and this is no adapter", file=path, mend="Leave it out.")
     if (local / "config.json").is_file():
         config = read_json(local / "config.json")
         kinds = [str(kind) for kind in config.get("architectures") or []]
@@ -290,9 +328,7 @@ def load_reward_model(
                 file=path,
                 mend='Train one from it: a recipe with objective = "bradley_terry".',
             )
-    recipe = ScoringRecipe()
-    if (local / SCORING_FILE).is_file():
-        recipe = read_recipe(read_json(local / SCORING_FILE), local / SCORING_FILE)
+    recipe = recipe_beside(local)
     model, tokenizer = load_parts(AutoModelForSequenceClassification, path, device, dtype, asked)
     check_classifier(model, path)
     check_tokenizer(recipe, tokenizer, path)
@@ -300,7 +336,28 @@ def load_reward_model(
     if recipe.gate:
         load_gate(model, local)
     whole: Any = model if asked is None else add_adapter(model, asked)
-    return RewardModel(whole, tokenizer, recipe, name or name_of(path), str(path))
+    below = "" if asked is None else str(path)
+    return RewardModel(whole, tokenizer, recipe, name or name_of(path), str(path), below)
+
+
+def _over_base(
+    folder: Path,
+    base: str,
+    device: str | torch.device | None,
+    dtype: str | torch.dtype | None,
+    name: str,
+) -> RewardModel:
+    recipe = recipe_beside(folder)
+    tokenizer = read_tokenizer(folder)
+    check_tokenizer(recipe, tokenizer, folder)
+    model, _ = read_adapter(load_base(base, len(recipe.outputs), device, dtype), folder)
+    return RewardModel(model, tokenizer, recipe, name, str(folder), base)
+
+
+def recipe_beside(folder: Path) -> ScoringRecipe:
+    """The scoring recipe of a directory; the usual one where it has none."""
+    file = folder / SCORING_FILE
+    return read_recipe(read_json(file), file) if file.is_file() else ScoringRecipe()
 
 
 def _scale(raw: list[float]) -> tuple[float, float]:
@@ -318,4 +375,4 @@ def _pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
     return int(pad if pad is not None else ending(tokenizer).stop_id or 0)  # type: ignore[arg-type]
 
 
-__all__ = ["SCORING_FILE", "RewardModel", "ScoringRecipe", "load_reward_model"]
+__all__ = ["SCORING_FILE", "RewardModel", "ScoringRecipe", "load_reward_model", "recipe_beside"]

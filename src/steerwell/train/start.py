@@ -11,6 +11,7 @@ import torch
 
 from steerwell.data.errors import InputError
 from steerwell.data.messages import digest
+from steerwell.models.adapter_files import is_adapter
 from steerwell.models.adapters import Adapter, fresh_adapter, scalings, settings_of
 from steerwell.models.directory import model_place
 from steerwell.models.load import Policy, load_policy, weights_digest
@@ -31,6 +32,8 @@ def load_model(path: str | Path, reward: bool, adapter: Adapter | None = None) -
     """A model from its directory, or from a run directory (its ``model``)."""
     place = model_place(path)
     config = Path(place) / "config.json"
+    if reward and is_adapter(place):
+        return load_reward_model(place, **settings_of(adapter))
     if reward and config.is_file() and "ForSequenceClassification" in config.read_text("utf-8"):
         return load_reward_model(place, **settings_of(adapter))
     return load_policy(place, **settings_of(adapter))
