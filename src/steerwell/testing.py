@@ -105,6 +105,11 @@ def batch_for(objective: Objective, names: tuple[str, ...], hyper: Mapping[str, 
     return made_up(names, heads=heads, **how)
 
 
+def _rows(name: str, taken: Mapping[str, Tensor]) -> Any:
+    """Where the rows of a tensor went; all of them, if they are nothing of a completion's or a pair's."""
+    return taken.get(TENSORS[name].shape[0], slice(None))
+
+
 def _of_units(batch: Batch, name: str) -> Tensor:
     """Which completion each entry of a tensor belongs to."""
     owners = {"S": "owner", "U": "step_owner"}
@@ -116,7 +121,7 @@ def _learnt(objective: Objective, names: tuple[str, ...]) -> tuple[str, ...]:
     return tuple(
         name
         for name in (
-            ("scores", "head_scores", "step_scores")
+            ("scores", "head_scores", "head_weights", "step_scores")
             if objective.kind == "reward"
             else ("logps", "per_token_logps", "per_token_kl")
         )
@@ -192,10 +197,12 @@ def _check_sign(objective: Objective, names: tuple[str, ...], hyper: Mapping[str
         return
     slope = torch.zeros(n, dtype=torch.float64)
     for name, gradient in _evaluate(objective, names, batch, hyper).gradients.items():
-        if name == "per_token_kl":  # a distance from the reference prefers no completion
+        if name in ("per_token_kl", "head_weights"):  # what holds the model itself prefers no completion
             continue
         own = gradient.flatten(1).sum(1) if gradient.dim() > 1 else gradient
         slope.index_add_(0, _of_units(batch, name), own)
+    if not slope.any() and _learnt(objective, names) == ("head_weights",):
+        return
     good, bad = slope[0::2], slope[1::2]
     assert (good - bad < 0).all(), f"the loss rises towards the better completion: slopes {good - bad}"
     if "pairs" not in names and {"labels", "advantages", "demonstrations", "step_labels"} & set(names):
@@ -234,7 +241,10 @@ def _check_extremes(
             coin = torch.rand(x.shape, generator=g) < 0.5
             if name.endswith("logps"):
                 batch[name] = torch.where(coin, -FAR, 0.0).float()
-            elif name in ("scores", "head_scores", "step_scores") and objective.kind == "reward":
+            elif (
+                name in ("scores", "head_scores", "head_weights", "step_scores")
+                and objective.kind == "reward"
+            ):
                 batch[name] = torch.where(coin, -FAR, FAR).float()
             elif name == "kl":
                 batch[name] = torch.tensor([FAR, -FAR, 0.0][turn])
@@ -278,7 +288,7 @@ def _check_permutation(
         shuffled |= {name: x[..., order] for name, x in shuffled.items() if name in PAIRED}
     after = _evaluate(objective, names, shuffled, hyper)
     for name, gradient in before.gradients.items():
-        moved = gradient[taken[TENSORS[name].shape[0]]]
+        moved = gradient[_rows(name, taken)]
         _close(after.gradients[name], moved, f"gradient of {name} after a permutation")
     if objective.decomposable:
         place = torch.zeros(int(taken[UNIT_LETTER[objective.unit]].numel()), dtype=torch.long)
@@ -298,7 +308,7 @@ def _check_copies(objective: Objective, names: tuple[str, ...], hyper: Mapping[s
         shift = n if name in ("pairs", "owner", "step_owner", "group") else 0
         double[name] = (
             torch.cat([x, x + shift if shift else x], dim=1 if name == "pairs" else 0)
-            if TENSORS[name].shape
+            if TENSORS[name].shape and name != "head_weights"
             else x
         )
     once = _evaluate(objective, names, batch, hyper).losses.sum()
@@ -330,7 +340,7 @@ def _check_microbatches(
         part_value, part_gradients = step(part)
         total = total + part_value
         for name, x in part_gradients.items():
-            gathered[name][taken[TENSORS[name].shape[0]]] += x
+            gathered[name][_rows(name, taken)] += x
     _close(total, value, "sum over micro-batches")
     for name, x in gradients.items():
         _close(gathered[name], x, f"gradient of {name} over micro-batches")
@@ -347,6 +357,8 @@ def _check_removal(objective: Objective, names: tuple[str, ...], hyper: Mapping[
         idle &= ~batch[objective.mask]
     outcome = _evaluate(objective, names, batch, hyper)
     for name, gradient in outcome.gradients.items():
+        if name == "head_weights":
+            continue
         masked = idle[_of_units(batch, name)]
         assert not gradient[masked].any(), f"{name} of completions that do not count gets a gradient"
     fewer, _ = take(batch, torch.nonzero(~idle).flatten())

@@ -40,6 +40,18 @@ METRICS: dict[str, str] = {
         "rewards: that it takes for what they are labelled); ties count half."
     ),
     "margin": "Score of chosen − score of rejected, mean.",
+    "disagreement": (
+        "Spread of the members of an ensemble over the margin of a pair (standard deviation), mean over pairs. "
+        "Where it is large the score is a guess."
+    ),
+    "corr/quality_length": (
+        "Correlation of the quality output with the length in tokens, over the completions of a step. odin_pairs "
+        "pulls it to 0."
+    ),
+    "corr/length_length": (
+        "Correlation of the length output with the length in tokens, over the completions of a step. odin_pairs "
+        "pulls it to 1."
+    ),
     "scores/chosen": "Score of chosen completions by the reward model in training, mean.",
     "scores/rejected": "Score of rejected completions by the reward model in training, mean.",
     "scores/right": "Log-odds that a step is right, by the reward model in training: mean over steps labelled right.",

@@ -15,7 +15,7 @@ from steerwell.data.errors import InputError, nearest
 from steerwell.data.types import Annotation, CompletionGroup
 
 KINDS = {
-    "rm": "rm:DIRECTORY, a reward model: one score per completion",
+    "rm": "rm:DIRECTORY, a reward model: one score per completion; of an ensemble rm:DIRECTORY?combine=min",
     "rules": "rules:max_words:50,no_repeat, rules with a known meaning: one score per completion",
     "refusal": "refusal, a classifier: does the completion refuse? full, partial or none",
     "openai": "openai:MODEL, any OpenAI-compatible chat endpoint: compares pairs, in both orders",
@@ -75,7 +75,8 @@ def parse(text: str, **settings: Any) -> Judge:
     if kind == "verifier":
         return verifier(rest, **settings)
     if kind == "rm":
-        return reward_model(rest)
+        place, _, asked = rest.partition("?")
+        return reward_model(place, **_combining(asked, text))
     return rules(*split_rules(rest)) if kind == "rules" else refusal()
 
 
@@ -123,6 +124,24 @@ def _value(name: str, text: str, default: Any) -> Any:
         return read(text)
     except (KeyError, ValueError):
         raise InputError(f"{name} must be {wanted}, got {text!r}", mend=f"Write {name}=….") from None
+
+
+def _combining(asked: str, text: str) -> dict[str, Any]:
+    """``combine=uwo&penalty=0.5`` as settings."""
+    found: dict[str, Any] = {}
+    for part in filter(None, asked.split("&")):
+        key, _, value = part.partition("=")
+        if key not in ("combine", "penalty"):
+            raise InputError(
+                f"unknown setting {key!r} in {text!r}", mend=nearest(key, ("combine", "penalty"))
+            )
+        try:
+            found[key] = value if key == "combine" else float(value)
+        except ValueError:
+            raise InputError(
+                f"penalty must be a number, got {value!r}", mend="Write rm:DIRECTORY?combine=uwo&penalty=0.5."
+            ) from None
+    return found
 
 
 __all__ = ["KINDS", "Judge", "parse"]

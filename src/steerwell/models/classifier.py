@@ -14,10 +14,20 @@ from steerwell.data.errors import InputError
 from steerwell.models.encoder import is_encoder, output_layer
 from steerwell.models.forward import adopt
 
+#: Size of a fresh head's outputs, where hidden states have numbers of size 1.
+NEAR_ZERO = 0.01
 
-def classifier_on(source: PreTrainedModel, pad_id: int, path: str | None = None, outputs: int = 1) -> Any:
-    """A classifier with so many ``outputs`` on the very backbone of ``source``; its head is near zero, always the
-    same.
+
+def classifier_on(
+    source: PreTrainedModel,
+    pad_id: int,
+    path: str | None = None,
+    outputs: int = 1,
+    *,
+    spread: float = NEAR_ZERO,
+) -> Any:
+    """A classifier with so many ``outputs`` on the very backbone of ``source``. Its head is always the same, another
+    row for each output, of standard deviation ``spread`` / sqrt(width).
 
     Raises :class:`InputError` for an architecture without a sequence classifier in ``transformers``.
     """
@@ -36,7 +46,7 @@ def classifier_on(source: PreTrainedModel, pad_id: int, path: str | None = None,
     setattr(model, model.base_model_prefix, source.base_model)
     noise = torch.Generator().manual_seed(0)
     shape = model.score.weight.shape
-    head = torch.randn(shape, generator=noise) * 0.01 / shape[1] ** 0.5
+    head = torch.randn(shape, generator=noise) * spread / shape[1] ** 0.5
     model.score.weight = nn.Parameter(head.to(source.device, source.dtype))
     adopt(model)
     return model.eval()
@@ -55,4 +65,4 @@ def check_classifier(model: Any, path: str | Path | None) -> None:
         )
 
 
-__all__ = ["check_classifier", "classifier_on"]
+__all__ = ["NEAR_ZERO", "check_classifier", "classifier_on"]

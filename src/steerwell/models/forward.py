@@ -74,25 +74,32 @@ def head_outputs(
     return found[:, :count], found[:, count:]
 
 
+def pooled_states(model: nn.Module, batch: Batch, pooling: Pooling = "last") -> Tensor:
+    """What the head of a sequence classifier reads of each completion, (N, D) in fp32, differentiable."""
+    return inside(model, lambda: _pooled(hidden_states(model, batch), batch, pooling).float().clone())
+
+
 def _outputs(model: nn.Module, batch: Batch, pooling: Pooling, gated: bool) -> Tensor:
     if is_encoder(unwrap(model).config):
         return encoder_outputs(unwrap(model), batch, pooling).clone()
     hidden = hidden_states(model, batch)
-    if pooling == "last":
-        pooled = hidden.index_select(0, batch.last)
-    elif pooling == "mean":
-        states = hidden.index_select(0, batch.at)
-        total = hidden.new_zeros(batch.n, hidden.shape[1]).index_add(0, batch.owner, states)
-        pooled = total / batch.lengths[:, None].to(total.dtype)
-    else:
-        raise ValueError(f"unknown pooling {pooling!r}: choose last or mean")
     score: Any = unwrap(model).score
     # FSDP wants a tensor of its own, not a view
-    read = [pooled.to(score.weight.dtype)]
+    read = [_pooled(hidden, batch, pooling).to(score.weight.dtype)]
     if gated:
         first = batch.lengths.long().cumsum(0) - batch.lengths.long()
         read.append(hidden.index_select(0, batch.src[first]).to(score.weight.dtype))
     return score(*read).float().clone()
+
+
+def _pooled(hidden: Tensor, batch: Batch, pooling: Pooling) -> Tensor:
+    if pooling == "last":
+        return hidden.index_select(0, batch.last)
+    if pooling == "mean":
+        states = hidden.index_select(0, batch.at)
+        total = hidden.new_zeros(batch.n, hidden.shape[1]).index_add(0, batch.owner, states)
+        return total / batch.lengths[:, None].to(total.dtype)
+    raise ValueError(f"unknown pooling {pooling!r}: choose last or mean")
 
 
 def hidden_states(model: nn.Module, batch: Batch) -> Tensor:
@@ -199,6 +206,7 @@ __all__ = [
     "head_outputs",
     "hidden_states",
     "per_token_logps",
+    "pooled_states",
     "reward_scores",
     "sum_by_owner",
     "token_logps",

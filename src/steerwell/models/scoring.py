@@ -48,8 +48,11 @@ class ScoringRecipe:
     weights: of attributes, where they are not 1 / A each and there is no gate. gate: whether the head has one
     (:mod:`steerwell.models.reward_head`). combine: how members become one score: ``mean``, ``min`` (worst case, WCO) or
     ``uwo``, mean - penalty * variance over the members (arXiv:2310.02743, sections 3.2 and 3.3; the variance divides
-    by their number). A score is ``(combined - mean) / std``. temperature: s((a - b) / temperature) is the probability
-    that a completion of score a is preferred to one of score b. cutpoints: of the model's ``ordinal`` objective.
+    by their number). levels, scales: what is taken off each member before, and what it is divided by then, from
+    :meth:`~steerwell.models.reward_model.RewardModel.normalised`. A score is ``(combined - mean) / std``.
+    temperature: s((a - b) / temperature) is the probability that a completion of score a is preferred to one of
+    score b. cutpoints: of the model's ``ordinal`` objective.
+    uncertainty: digest of the posterior beside the model (:mod:`steerwell.models.bayesian_head`); empty: it has none.
     aggregate: how a process reward model makes one score of those of the completion's steps (min, prod or last; see
     :mod:`steerwell.models.step_scores`), as ``step_separator`` cuts them; None: whole completions are scored.
     template: ``chat``, the tokenizer's chat template, or ``pair``, the two texts of an encoder
@@ -66,8 +69,11 @@ class ScoringRecipe:
     gate: bool = False
     combine: Combination = "mean"
     penalty: float = 0.5
+    levels: tuple[float, ...] | None = None
+    scales: tuple[float, ...] | None = None
     temperature: float = 1.0
     cutpoints: tuple[float, ...] | None = None
+    uncertainty: str = ""
     aggregate: str | None = None
     step_separator: str = SEPARATOR
     template: Template = "chat"
@@ -76,7 +82,7 @@ class ScoringRecipe:
     stop: str = ""
 
     def __post_init__(self) -> None:
-        for name in ("outputs", "weights", "cutpoints"):
+        for name in ("outputs", "weights", "cutpoints", "levels", "scales"):
             value = getattr(self, name)
             if isinstance(value, list):
                 object.__setattr__(self, name, tuple(value))
@@ -101,10 +107,12 @@ class ScoringRecipe:
             raise InputError(f"the scale of scores must be positive, got {self.std}", mend="Use std=1.0.")
         if not self.temperature > 0:
             raise InputError(f"the temperature must be positive, got {self.temperature}", mend="Use 1.0.")
-        if self.weights is not None and len(self.weights) != len(self.outputs):
-            raise InputError(
-                f"{len(self.weights)} weights for {len(self.outputs)} outputs", mend="One for each."
-            )
+        if not self.penalty >= 0:
+            raise InputError(f"the penalty must be >= 0, got {self.penalty}", mend="Use penalty=0.5.")
+        for name in ("weights", "levels", "scales"):
+            given = getattr(self, name)
+            if given is not None and len(given) != len(self.outputs):
+                raise InputError(f"{len(given)} {name} for {len(self.outputs)} outputs", mend="One for each.")
 
     def to_json(self) -> str:
         """The text of :data:`SCORING_FILE`."""
@@ -158,12 +166,26 @@ def combined(head_scores: Tensor, recipe: ScoringRecipe, gate: Tensor | None = N
     if recipe.head in ("attributes", "quantiles"):
         return head_scores.mean(1)
     if recipe.head == "members":
-        if recipe.combine == "min":
-            return head_scores.amin(1)
-        if recipe.combine == "uwo":
-            return head_scores.mean(1) - recipe.penalty * head_scores.var(1, correction=0)
-        return head_scores.mean(1)
+        return by_members(member_scores(head_scores, recipe), recipe.combine, recipe.penalty)
     return head_scores[:, 0]
+
+
+def member_scores(head_scores: Tensor, recipe: ScoringRecipe) -> Tensor:
+    """The outputs (N, H) of members on one scale, where the recipe has ``levels`` and ``scales``."""
+    if recipe.levels is not None:
+        head_scores = head_scores - head_scores.new_tensor(recipe.levels)
+    return head_scores if recipe.scales is None else head_scores / head_scores.new_tensor(recipe.scales)
+
+
+def by_members(each: Tensor, combine: str, penalty: float) -> Tensor:
+    """One score (N,) from those of members (N, H): their mean, their least (WCO), or mean - penalty * variance (UWO;
+    arXiv:2310.02743, section 3; the variance divides by their number).
+    """
+    if combine == "min":
+        return each.amin(1)
+    if combine == "uwo":
+        return each.mean(1) - penalty * each.var(1, correction=0)
+    return each.mean(1)
 
 
 def made_for(tokenizer: Any, recipe: ScoringRecipe) -> ScoringRecipe:
@@ -211,9 +233,11 @@ __all__ = [
     "SCORING_FILE",
     "Combination",
     "ScoringRecipe",
+    "by_members",
     "check_outputs",
     "check_tokenizer",
     "combined",
     "made_for",
+    "member_scores",
     "read_recipe",
 ]

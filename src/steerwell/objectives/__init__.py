@@ -18,6 +18,7 @@ from steerwell.objectives.ranked import info_nca, nca, plackett_luce
 from steerwell.objectives.reduce import denominator, reduce
 from steerwell.objectives.reference_free import alpha_po, cpo, orpo, slic
 from steerwell.objectives.reward import bradley_terry, ordinal, plackett_luce_reward, scaled_bradley_terry
+from steerwell.objectives.reward_ensemble import ensemble_bradley_terry, odin_pairs, orthogonal_heads
 from steerwell.objectives.reward_heads import quantile, regression
 from steerwell.objectives.scored_pairs import odpo, rebel, sppo
 from steerwell.objectives.table import (
@@ -62,6 +63,7 @@ __all__ = [
     "dpo",
     "dpo_shift",
     "dpop",
+    "ensemble_bradley_terry",
     "exo_pair",
     "explain",
     "f_dpo",
@@ -78,10 +80,12 @@ __all__ = [
     "nca_pair",
     "needs",
     "objective",
+    "odin_pairs",
     "odpo",
     "optional",
     "ordinal",
     "orpo",
+    "orthogonal_heads",
     "plackett_luce",
     "plackett_luce_reward",
     "ppo_clip",

@@ -75,6 +75,7 @@ def made_up(
         "turns": _place_within(owner, lengths) // 2,
         "steps": _place_within(owner, lengths) // 2,
         "shared_tokens": (lengths[pairs].amin(0) - 1).clamp(max=2),  # so that both have a token after them
+        "pair_draws": torch.randint(0, 2**48, (3 * prompts,), generator=g),
     }
     always = ("lengths", "owner", "group")
     if any(TENSORS[name].shape == ("U",) for name in names):

@@ -99,6 +99,11 @@ TENSORS: dict[str, TensorFacts] = {
         torch.float32,
         "by how much row 0 is better: 0 a tie, 1 slightly, 2 clearly, 3 by far; NaN: unknown",
     ),
+    "pair_draws": TensorFacts(
+        ("M",),
+        torch.long,
+        "a number below 2^48 that is always the same for this pair, and another for others",
+    ),
     "running": TensorFacts(("R",), torch.float32, "figures that the objective carries from step to step"),
 }
 UNIT_LETTER: dict[str, str] = {"pair": "M", "completion": "N", "token": "S", "step": "U"}

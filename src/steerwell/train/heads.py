@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import NamedTuple
 
 from steerwell.data.errors import InputError
@@ -64,7 +63,8 @@ def fitted_head(model: RewardModel, asked: AskedHead) -> RewardModel:
             f"{HEADS[recipe.head]} ({', '.join(recipe.outputs)})",
             mend="Start from a policy.",
         )
-    return replace(model, recipe=replace(model.recipe, cutpoints=asked.cutpoints or model.recipe.cutpoints))
+    # a posterior is that of the weights it was made with
+    return model.with_recipe(cutpoints=asked.cutpoints or model.recipe.cutpoints, uncertainty="")
 
 
 __all__ = ["AskedHead", "asked_head", "fitted_head"]

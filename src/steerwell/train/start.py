@@ -11,11 +11,14 @@ import torch
 
 from steerwell.data.errors import InputError
 from steerwell.data.messages import digest
+from steerwell.models.adapter_files import is_adapter
 from steerwell.models.adapters import Adapter, fresh_adapter, scalings, settings_of
 from steerwell.models.directory import model_place
 from steerwell.models.encoder import head_parts
 from steerwell.models.load import Policy, encoder_config, load_policy, weights_digest
-from steerwell.models.reward_model import RewardModel, ScoringRecipe, load_reward_model
+from steerwell.models.load_reward_model import load_reward_model
+from steerwell.models.reward_model import RewardModel
+from steerwell.models.scoring import ScoringRecipe
 from steerwell.models.sharding import shard, skeleton
 from steerwell.train.config import HEAD_RATE, LEARNING_RATES, LORA_FACTOR, TrainConfig
 from steerwell.train.heads import AskedHead, fitted_head
@@ -41,6 +44,8 @@ def load_model(
     head = head or AskedHead()
     place = model_place(path)
     config = Path(place) / "config.json"
+    if reward and is_adapter(place):
+        return load_reward_model(place, **settings_of(adapter))
     if reward and config.is_file() and "ForSequenceClassification" in config.read_text("utf-8"):
         return load_reward_model(place, **settings_of(adapter))
     if reward and encoder_config(place) is not None:

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from steerwell.data.errors import InputError
+from steerwell.data.messages import digest
 from steerwell.data.types import CompletionGroup
 from steerwell.models.render import Sequence, TokenizedGroup
 from steerwell.models.step_tokens import step_places, token_steps
@@ -133,6 +134,18 @@ def _labelled(group: CompletionGroup) -> list[bool]:
     return [any(label is not None for label in own or ()) for own in labels]
 
 
+def _draws(group: CompletionGroup, tokens: TokenizedGroup, steps: Steps) -> list[float]:
+    """48 bits of a hash of the texts; where a group has the same pair again, that one has its own."""
+    seen: dict[str, int] = {}
+    found: list[float] = []
+    for pair in group.pairs:
+        texts = [group.completions[i].text_id for i in (pair.chosen, pair.rejected)]
+        name = digest(group.prompt_id, *texts)
+        seen[name] = seen.get(name, 0) + 1
+        found.append(int(digest(name, seen[name])[:12], 16))
+    return found
+
+
 def _known(values: Seq[object] | None, group: CompletionGroup) -> list[bool]:
     return [False] * len(group.completions) if values is None else [value is not None for value in values]
 
@@ -161,6 +174,7 @@ TARGETS: Mapping[str, Target] = MappingProxyType(
             "Resolve score annotations first: steerwell.resolve.attributes(groups).",
         ),
         "pair_strengths": Target(_strengths),
+        "pair_draws": Target(_draws),
         "turns": Target(_turns),
         "steps": Target(_steps),
         "step_owner": Target(_step_owner),
