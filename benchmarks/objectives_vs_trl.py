@@ -1,7 +1,7 @@
 """The same twenty steps through steerwell and through TRL 1.16, for every loss that both have.
 
     python benchmarks/objectives_vs_trl.py --peer PYTHON
-    python benchmarks/objectives_vs_trl.py --peer PYTHON --only dpo kto
+    python benchmarks/objectives_vs_trl.py --peer PYTHON --only dpo kto     # a look; writes no file
 
 PYTHON is the interpreter of an environment with TRL (benchmarks/README.md says how to make it); it may be
 given as STEERWELL_PEER_PYTHON instead. Both sides start from the same tiny GPT-2 in float64 (an architecture without
@@ -34,26 +34,32 @@ from synthetic import END, FIRST_WORD, PAD, as_groups, save_json, word_tokenizer
 
 TOLERANCE = 1e-6
 STEPS, BATCH, VOCAB = 20, 8, 96
+EVEN_TOKENS = 7  # scored tokens of a chosen completion in "even" data: six words and the end token
 LEARNING_RATE, BETAS, MAX_GRAD_NORM = 2e-3, (0.9, 0.999), 1.0
 DEFAULT_OUT = HERE / "results" / "objectives_vs_trl.json"
 
 
 class Case(NamedTuple):
-    """One loss on both sides. ``data`` is "ragged" (lengths differ) or "even" (see :func:`make_data`)."""
+    """One loss on both sides. ``data`` is "ragged" (lengths differ) or "even" (see :func:`make_data`), ``targets``
+    what our groups hold.
+    """
 
     name: str
     ours: Any  # an objective's name or a mixture
     hyper: dict[str, Any]
-    trainer: str  # dpo, kto, cpo, orpo, reward
+    trainer: str  # dpo, kto, cpo, orpo, tpo, sft, reward
     settings: dict[str, Any]
     note: str = ""
     data: str = "ragged"
     batch_size: int = BATCH
+    targets: str = "dpo"  # pairs; kto: labels; sft: the chosen completion alone; reward: pairs
 
 
-def dpo_case(name: str, ours: Any, hyper: dict[str, Any], note: str = "", **settings: Any) -> Case:
+def dpo_case(
+    name: str, ours: Any, hyper: dict[str, Any], note: str = "", *, data: str = "ragged", **settings: Any
+) -> Case:
     """A case of TRL's DPOTrainer."""
-    return Case(name, ours, hyper, "dpo", settings, note)
+    return Case(name, ours, hyper, "dpo", settings, note, data)
 
 
 CASES = (
@@ -92,14 +98,23 @@ CASES = (
     dpo_case("bco_pair", "bco_pair", {"beta": 0.1, "delta": 0.0}, loss_type="bco_pair", beta=0.1),
     dpo_case(
         "sppo",
-        "sppo",
+        [["sppo", 2.0]],
         {"eta": 100.0},
-        "eta is 1 / TRL's beta; hard win rates on both sides",
+        "eta is 1 / TRL's beta; hard win rates on both sides; TRL adds the two squares, ours and the paper's code "
+        "take their mean: twice the weight",
         loss_type="sppo_hard",
         beta=0.01,
     ),
     dpo_case("aot", "aot", {"beta": 0.1}, loss_type="aot", beta=0.1),
-    dpo_case("aot_unpaired", "aot_unpaired", {"beta": 0.1}, loss_type="aot_unpaired", beta=0.1),
+    Case(
+        "aot_unpaired",
+        "aot_unpaired",
+        {"beta": 0.1},
+        "dpo",
+        {"loss_type": "aot_unpaired", "beta": 0.1},
+        "ours takes labels: the chosen are the desirable ones",
+        targets="kto",
+    ),
     dpo_case("apo_zero", "apo_zero", {"beta": 0.1}, loss_type="apo_zero", beta=0.1),
     dpo_case("apo_down", "apo_down", {"beta": 0.1}, loss_type="apo_down", beta=0.1),
     dpo_case(
@@ -116,7 +131,13 @@ CASES = (
         "ld_dpo", "ld_dpo", {"beta": 0.1, "alpha": 0.5}, "alpha is TRL's ld_alpha", beta=0.1, ld_alpha=0.5
     ),
     dpo_case(
-        "wpo", "wpo", {"beta": 0.1}, "TRL: use_weighting", loss_type="sigmoid", beta=0.1, use_weighting=True
+        "wpo",
+        "wpo",
+        {"beta": 0.1, "clamp": False},
+        "TRL: use_weighting, without the upper limit of the authors' code",
+        loss_type="sigmoid",
+        beta=0.1,
+        use_weighting=True,
     ),
     *(
         dpo_case(
@@ -127,7 +148,11 @@ CASES = (
             beta=0.1,
             f_divergence_type=theirs,
         )
-        for ours, theirs in (("forward_kl", "forward_kl"), ("js", "js_divergence"))
+        for ours, theirs in (
+            ("reverse_kl", "reverse_kl"),
+            ("forward_kl", "forward_kl"),
+            ("js", "js_divergence"),
+        )
     ),
     dpo_case(
         "f_dpo, alpha",
@@ -155,13 +180,45 @@ CASES = (
         loss_weights=[0.8, 0.2, 1.0],
         beta=0.1,
     ),
-    Case("kto", "kto", {"beta": 0.1}, "kto", {"loss_type": "kto", "beta": 0.1}),
+    dpo_case(
+        "mpo",
+        "mpo",
+        {},
+        "the mixture by its name; chosen completions of one length: its likelihood is a mean over each completion "
+        "first, TRL's over the batch's tokens",
+        data="even",
+        loss_type=["sigmoid", "bco_pair", "sft"],
+        loss_weights=[0.8, 0.2, 1.0],
+        beta=0.1,
+    ),
+    dpo_case(
+        "irpo",
+        "irpo",
+        {},
+        "the mixture by its name; chosen completions of one length, as for mpo",
+        data="even",
+        loss_type=["sigmoid", "sft"],
+        loss_weights=[1.0, 1.0],
+        beta=0.1,
+    ),
+    dpo_case(
+        "rpo",
+        "rpo",
+        {},
+        "the mixture by its name; its likelihood is summed over a completion, here of 7 tokens: 7 times the weight",
+        data="even",
+        loss_type=["sigmoid", "sft"],
+        loss_weights=[1.0, 0.005 * EVEN_TOKENS],
+        beta=0.01,
+    ),
+    Case("kto", "kto", {"beta": 0.1}, "kto", {"loss_type": "kto", "beta": 0.1}, targets="kto"),
     Case(
         "kto with weights",
         "kto",
         {"beta": 0.1, "desirable_weight": 1.0, "undesirable_weight": 1.3},
         "kto",
         {"loss_type": "kto", "beta": 0.1, "desirable_weight": 1.0, "undesirable_weight": 1.3},
+        targets="kto",
     ),
     Case(
         "apo_zero, unpaired",
@@ -179,6 +236,40 @@ CASES = (
         {"loss_type": "sigmoid", "beta": 0.1, "cpo_alpha": 1.0},
         "chosen completions of one length: TRL's imitation term is a mean over the batch's tokens",
         data="even",
+    ),
+    Case(
+        "slic",
+        "slic",
+        {"delta": 1.0, "lam": 0.1},
+        "cpo",
+        {"loss_type": "hinge", "beta": 1.0, "cpo_alpha": 0.1 * EVEN_TOKENS},
+        "TRL: CPOTrainer with hinge; its imitation is per token, ours per completion (of 7 tokens): 7 times the weight",
+        data="even",
+    ),
+    Case(
+        "CPO-SimPO: simpo and sft",
+        [["simpo", 1.0], ["sft", 1.0]],
+        {"beta": 2.5, "gamma": 1.375},
+        "cpo",
+        {"loss_type": "simpo", "beta": 2.5, "simpo_gamma": 1.375, "cpo_alpha": 1.0},
+        "prompts of one token, as TRL's imitation term covers the prompt too",
+        data="even",
+    ),
+    Case(
+        "TPO: cpo and sft",
+        [["cpo", 1.0, {"beta": 0.1, "alpha": 0.0}], ["sft", 1.0]],
+        {},
+        "tpo",
+        {"loss_type": "sigmoid", "beta": 0.1, "tpo_alpha": 1.0},
+        "TRL: TPOTrainer, with the chosen completion as the gold one",
+    ),
+    Case(
+        "TPO-L: simpo and sft",
+        [["simpo", 1.0], ["sft", 1.0]],
+        {"beta": 2.5, "gamma": 1.375},
+        "tpo",
+        {"loss_type": "tpo-l", "beta": 2.5, "tpo_l_gamma": 1.375, "tpo_alpha": 1.0},
+        "TRL: TPOTrainer, with the chosen completion as the gold one",
     ),
     Case(
         "simpo",
@@ -205,19 +296,40 @@ CASES = (
         "completions of one length, as it is a mean over the batch's tokens; TRL computes the odds in float32",
         data="even",
     ),
-    Case("bradley_terry", "bradley_terry", {}, "reward", {}),
+    Case("sft, SFTTrainer", "sft", {}, "sft", {}, targets="sft"),
+    Case("bradley_terry", "bradley_terry", {}, "reward", {}, targets="reward"),
     Case(
         "bradley_terry, centred",
         "bradley_terry",
         {"centering": 0.01},
         "reward",
         {"center_rewards_coefficient": 0.01},
+        targets="reward",
     ),
 )
 
 BY_DESIGN = {
-    "sigmoid with label_smoothing": "TRL 1.16 accepts label_smoothing with loss_type sigmoid and ignores it",
-    "sigmoid with beta as a list, or several losses with betas of their own": "TRL has one beta for all losses",
+    "sigmoid with label_smoothing": "TRL 1.16 accepts label_smoothing with loss_type sigmoid and ignores it; ours "
+    "is cDPO, compared by TRL's aot",
+    "aot, simpo, cpo and tpo with label_smoothing": "ours take soft labels of pairs instead (pair_probs)",
+    "an f-divergence under hinge, ipo, exo_pair, robust, discopop or sigmoid_norm": "f_dpo is logistic, as in its "
+    "paper",
+    "cpo and tpo with loss_type ipo, tpo with hinge and a beta": "without a reference we have no ipo, and slic has "
+    "no beta",
+    "several losses with betas of their own": "TRL has one beta for all losses of a list",
+    "several losses with use_weighting, ld_alpha or an f-divergence": "in TRL these change every loss of the list; "
+    "here wpo, ld_dpo and f_dpo are objectives of their own",
+    "bco": "TRL 1.16 has no BCOTrainer any more; its bco_pair is compared",
+    "sync_ref_model (TR-DPO)": "our reference stands still during a run",
+    "dft in SFTTrainer": "we have no objective of that kind",
+    "router_aux_loss_coef": "our loop adds no loss of the router",
+}
+NOT_COMPARED = {
+    "bradley_terry with a margin by pair": "RewardTrainer takes a column of margins; to be added as a case when our "
+    "bradley_terry takes them",
+    "process reward models": "TRL 1.16 has no PRMTrainer any more",
+    "grpo, rloo and online DPO": "they train on what they sample, so there are no equal steps without an equal "
+    "sampler",
 }
 
 
@@ -269,7 +381,7 @@ def make_data(kind: str, seed: int = 3) -> list[list[list[int]]]:
         return int(draw.integers(3, 13))
 
     if kind == "even":
-        return [[ids(1), ids(6), ids(length())] for _ in range(STEPS * BATCH)]
+        return [[ids(1), ids(EVEN_TOKENS - 1), ids(length())] for _ in range(STEPS * BATCH)]
     return [[ids(length()), ids(length()), ids(length())] for _ in range(STEPS * BATCH)]
 
 
@@ -344,6 +456,7 @@ def compare(cases: list[Case], peer: str, work: Path) -> dict[str, Any]:
         },
         "cases": found,
         "differ_by_design": BY_DESIGN,
+        "not_compared": NOT_COMPARED,
     }
 
 
@@ -383,7 +496,7 @@ def of_steerwell(case: Case, rows: list[list[list[int]]], work: Path, number: in
     try:
         train(
             start,
-            as_groups(rows, "kto" if case.ours == "kto" else "reward" if reward else "dpo"),
+            as_groups(rows, case.targets),
             case.ours,
             out=out,
             learning_rate=LEARNING_RATE,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
 import subprocess
 import sys
@@ -37,15 +38,18 @@ def load(name: str) -> ModuleType:
     return module
 
 
-@pytest.mark.parametrize("script", ["train_vs_trl.py", "growth.py", "gpu.py"])
+@pytest.mark.parametrize(
+    "script", ["train_vs_trl.py", "objectives_vs_trl.py", "compare_world.py", "growth.py", "gpu.py"]
+)
 def test_scripts_say_what_they_do(script: str) -> None:
     done = run(script, "--help")
     assert done.returncode == 0, done.stderr
     assert "python benchmarks/" in done.stdout
 
 
-def test_a_missing_peer_is_said() -> None:
-    done = run("train_vs_trl.py")
+@pytest.mark.parametrize("script", ["train_vs_trl.py", "objectives_vs_trl.py"])
+def test_a_missing_peer_is_said(script: str) -> None:
+    done = run(script)
     assert done.returncode == 2
     assert "--peer PYTHON" in done.stderr
 
@@ -81,3 +85,52 @@ def test_pairs_of_the_growth_benchmark_are_the_same_each_time() -> None:
     pairs = script.Pairs(5, prompt=20, completion=10)
     assert [g.prompt_id for g in pairs] == [g.prompt_id for g in pairs[0:5]]
     assert len({g.prompt_id for g in pairs}) == 5
+
+
+def test_cases_against_trl_name_objectives_and_hyperparameters_that_there_are() -> None:
+    from steerwell.data.errors import InputError
+    from steerwell.train.loop import checked
+    from steerwell.train.terms import check_data
+
+    script: Any = load("objectives_vs_trl")
+    assert len({case.name for case in script.CASES}) == len(script.CASES)
+    for case in script.CASES:
+        terms, _ = checked(case.ours, None, case.hyper)
+        check_data(terms, script.as_groups([ROW], case.targets))
+    with pytest.raises(InputError, match="betta"):
+        checked("dpo", None, {"betta": 0.1})
+
+
+def test_the_result_against_trl_has_every_case_within_its_tolerance() -> None:
+    script: Any = load("objectives_vs_trl")
+    found = json.loads((FOLDER / "results" / "objectives_vs_trl.json").read_text())
+    assert found["settings"]["tolerance"] == script.TOLERANCE == 1e-6
+    assert found["settings"]["steps"] == script.STEPS == 20
+    assert found["machine"]["cpu"]
+    assert found["differ_by_design"] == script.BY_DESIGN
+    assert found["not_compared"] == script.NOT_COMPARED
+    assert list(found["cases"]) == [case.name for case in script.CASES]
+    for case in script.CASES:
+        row = found["cases"][case.name]
+        assert row["steerwell"] == json.loads(json.dumps({"objective": case.ours, **case.hyper}))
+        assert row["trl"] == {"trainer": case.trainer, **case.settings}
+        assert row["steps"] == script.STEPS
+        assert 0 <= row["largest_relative_difference"] <= script.TOLERANCE, case.name
+        assert row["first_loss"] != row["last_loss"]
+
+
+def test_a_difference_from_trl_is_seen() -> None:
+    script: Any = load("objectives_vs_trl")
+    found = script.differences({"losses": [0.5, 0.4]}, {"losses": [0.5, 0.400001]})
+    assert found["largest_relative_difference"] == pytest.approx(2.5e-6, rel=0.01)
+    assert found["largest_relative_difference"] > script.TOLERANCE
+    assert "trl: KeyError" in script.differences({"losses": [1.0]}, {"error": "KeyError: 1"})["not_compared"]
+    with pytest.raises(ValueError, match="longer"):
+        script.differences({"losses": [0.5]}, {"losses": [0.5, 0.4]})
+
+
+def test_the_readme_says_what_the_result_against_trl_says() -> None:
+    found = json.loads((FOLDER / "results" / "objectives_vs_trl.json").read_text())["cases"]
+    text = (FOLDER / "README.md").read_text()
+    exact = sum(row["largest_relative_difference"] < 1e-12 for row in found.values())
+    assert f"{len(found)} cases, {exact} of them equal within 1e-12" in " ".join(text.split())

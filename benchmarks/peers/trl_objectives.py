@@ -1,15 +1,21 @@
 """TRL's side of objectives_vs_trl.py: run by the interpreter of the peer's environment, with a folder as argument.
 
 The folder holds ``task.json`` (the cases), the rows of each data set as token ids in the order of training, and
-the two start models. Loss code, collators, training loop and optimizer are TRL's as they are. Its fused head
-computes in float32, so it is replaced by the plain one, which computes in the model's own float64; that is what
-makes differences of 1e-6 mean something.
+the two start models. Loss code, collators, training loop and optimizer are TRL's as they are. Around them:
+
+- Its fused head computes in float32, so it is replaced by the plain one, which computes in the model's own float64;
+  that is what makes differences of 1e-6 mean something.
+- The reference's log-probs are rounded to float32, the type that steerwell files them in: both sides get the same
+  reference.
+- The alpha-divergence looks up a limit by type, and its table lacks float64: it is given that one entry, with the
+  limit of float32, in which it computes.
 """
 
 import inspect
 import json
 import sys
 import tempfile
+import textwrap
 import types
 import warnings
 from pathlib import Path
@@ -22,7 +28,8 @@ import trl
 from torch.utils.data import SequentialSampler
 from trl.experimental.cpo import CPOConfig, CPOTrainer
 from trl.experimental.orpo import ORPOConfig, ORPOTrainer
-from trl.trainer import dpo_trainer, kto_trainer
+from trl.experimental.tpo import TPOConfig, TPOTrainer
+from trl.trainer import dpo_trainer, kto_trainer, sft_trainer
 from trl.trainer.utils import FusedCausalLMOutput
 from trl_side import dataset
 
@@ -31,6 +38,8 @@ TRAINERS = {
     "kto": (trl.KTOTrainer, trl.KTOConfig),
     "cpo": (CPOTrainer, CPOConfig),
     "orpo": (ORPOTrainer, ORPOConfig),
+    "tpo": (TPOTrainer, TPOConfig),
+    "sft": (trl.SFTTrainer, trl.SFTConfig),
     "reward": (trl.RewardTrainer, trl.RewardConfig),
 }
 
@@ -52,6 +61,8 @@ def plain_head(model, temperature=1.0, cast_lm_head_to_fp32=False, outputs=("log
             sum_sq = p.square().sum(-1).log().masked_fill(~mask, 0)
             mean, top = logits.mean(-1).masked_fill(~mask, 0), (logits.argmax(-1) == wanted) & mask
         picked = logps.gather(-1, wanted[..., None])[..., 0].masked_fill(~mask, 0)
+        if not self.training:  # the reference
+            picked = picked.float().to(logps.dtype)
         return FusedCausalLMOutput(
             loss=-picked.sum() / mask.sum().clamp(min=1),
             log_probs=picked,
@@ -66,8 +77,20 @@ def plain_head(model, temperature=1.0, cast_lm_head_to_fp32=False, outputs=("log
     model.forward = types.MethodType(forward, model)
 
 
-dpo_trainer.add_fused_lm_head = plain_head
-kto_trainer.add_fused_lm_head = plain_head
+def with_float64_limit(method):
+    """``DPOTrainer._compute_loss`` with an entry for float64 in the table of the alpha-divergence."""
+    source = textwrap.dedent(inspect.getsource(method))
+    before = "torch.float32: 80.0}"
+    if source.count(before) != 1:
+        raise RuntimeError("DPOTrainer is not the one of TRL 1.16: its alpha-divergence looks different")
+    made = {}
+    exec(source.replace(before, "torch.float32: 80.0, torch.float64: 80.0}"), method.__globals__, made)
+    return made[method.__name__]
+
+
+for module in (dpo_trainer, kto_trainer, sft_trainer):
+    module.add_fused_lm_head = plain_head
+trl.DPOTrainer._compute_loss = with_float64_limit(trl.DPOTrainer._compute_loss)
 
 
 def settings(task, case, folder):
@@ -108,7 +131,9 @@ def run(task, case, folder):
     if kind == "kto":
         data = dataset("kto", [rows[i : i + size] for i in range(0, len(rows), size)])
     else:
-        data = dataset("reward" if kind == "reward" else "dpo", rows)
+        data = dataset(kind if kind in ("reward", "sft") else "dpo", rows)
+    if kind == "tpo":
+        data = data.add_column("reference", data["chosen"])
     if "margins" in case:
         data = data.add_column("margin", case["margins"])
     make = (

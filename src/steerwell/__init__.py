@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from steerwell import objectives as objectives
     from steerwell import world as world
     from steerwell.data import resolve as resolve
+    from steerwell.data.calibration import fit_temperature as fit_temperature
+    from steerwell.data.cutpoints import fit_cutpoints as fit_cutpoints
     from steerwell.data.errors import InputError as InputError
     from steerwell.data.formats import load as load
     from steerwell.data.formats import save as save
@@ -32,6 +34,7 @@ if TYPE_CHECKING:
     from steerwell.models.average import average_weights as average_weights
     from steerwell.models.load import Policy as Policy
     from steerwell.models.load import load_policy as load_policy
+    from steerwell.models.monte_carlo import monte_carlo_step_labels as monte_carlo_step_labels
     from steerwell.models.reward_ensemble import reward_ensemble as reward_ensemble
     from steerwell.models.reward_model import RewardModel as RewardModel
     from steerwell.models.reward_model import load_reward_model as load_reward_model
@@ -60,10 +63,13 @@ _PLACES: dict[str, tuple[str, str]] = {
     "average_weights": ("steerwell.models.average", "average_weights"),
     "audit": ("steerwell.data.quality", "audit"),
     "evaluate": ("steerwell.evals.task", "evaluate"),
+    "fit_cutpoints": ("steerwell.data.cutpoints", "fit_cutpoints"),
+    "fit_temperature": ("steerwell.data.calibration", "fit_temperature"),
     "judges": ("steerwell.judges", ""),
     "load": ("steerwell.data.formats", "load"),
     "load_policy": ("steerwell.models.load", "load_policy"),
     "load_reward_model": ("steerwell.models.reward_model", "load_reward_model"),
+    "monte_carlo_step_labels": ("steerwell.models.monte_carlo", "monte_carlo_step_labels"),
     "objectives": ("steerwell.objectives", ""),
     "open": ("steerwell.data.store", "open_store"),
     "resolve": ("steerwell.data.resolve", ""),
@@ -91,6 +97,9 @@ __all__ = [  # noqa: RUF022 (in the order in which they are used)
     "rollouts",
     "contrast_weights",
     "self_play_pairs",
+    "fit_temperature",
+    "fit_cutpoints",
+    "monte_carlo_step_labels",
     "evaluate",
     "world",
     "InputError",

@@ -48,7 +48,10 @@ def model_path(word: str) -> str:
 def load_model(word: str) -> Policy | RewardModel | RewardEnsemble:
     """The reward model, ensemble or policy that lies there; its name is the word as given."""
     path = model_path(word)
-    if any((Path(path) / f"steerwell_{name}.json").exists() for name in ("scoring", "ensemble")):
+    config = Path(path) / "config.json"
+    classifier = config.is_file() and "ForSequenceClassification" in config.read_text("utf-8")
+    ours = (Path(path) / f"steerwell_{name}.json" for name in ("scoring", "ensemble"))
+    if classifier or any(file.exists() for file in ours):
         from steerwell.models.reward_ensemble import load_scorer
 
         return load_scorer(path, name=word)
@@ -153,8 +156,10 @@ def judge(word: str, **settings: Any) -> Judge:
     if word.partition(":")[0] not in judges.KINDS:
         known = [*(f"{kind}:…" if kind != "refusal" else kind for kind in judges.KINDS), "world:gold"]
         raise InputError(f"unknown judge {word!r}", mend=nearest(word, known))
-    if word.startswith("rm:"):
+    if word.startswith(("rm:", "verifier:")):
         prepare_torch()
+    if word.startswith("verifier:world:"):
+        word = "verifier:" + model_path(word.removeprefix("verifier:"))
     return judges.parse(word, **{k: v for k, v in settings.items() if v})
 
 

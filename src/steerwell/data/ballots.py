@@ -1,74 +1,19 @@
 """What annotations say about the completions of a group, read for the rules of :mod:`steerwell.data.resolve`: votes
-on pairs, values of completions, how much better. What was read, and what was not and why, is counted in a report.
+on pairs, values of completions, how much better, verdicts on steps. What was read, and what was not and why, is
+counted in a report.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 from steerwell.data.evidence import comparisons
+from steerwell.data.resolve_report import ResolveReport
+from steerwell.data.steps import given_ends
 from steerwell.data.types import Annotation, Completion, CompletionGroup
-
-
-@dataclass
-class ResolveReport:
-    """What was counted. Annotations are counted once for each group that they are about."""
-
-    rule: str
-    groups: int = 0  # given
-    resolved: int = 0  # with a target
-    used: int = 0  # annotations that gave a vote
-    no_verdict: int = 0  # annotations that failed or were skipped
-    both_bad: int = 0  # annotations that prefer neither, as both are bad: no vote
-    across: int = 0  # annotations that compare completions of different prompts: no vote
-    equal_texts: int = 0  # comparisons of two samples with the same text: no vote
-    ties: int = 0  # votes that are a tie
-    undecided: int = 0  # pairs or completions with as many votes for as against
-    too_few: int = 0  # pairs or completions with fewer than min_votes votes
-    disagreements: int = 0  # pairs or completions with votes both ways
-    pairs: int = 0
-    scores: int = 0
-    labels: int = 0
-    ranks: int = 0
-    strengths: int = 0  # pairs with a strength
-    attributes: int = 0  # columns
-
-    def to_dict(self) -> dict[str, Any]:
-        """All counts by name."""
-        return asdict(self)
-
-    def __str__(self) -> str:
-        made = ", ".join(
-            f"{n} {w}"
-            for w in ("pairs", "strengths", "scores", "attributes", "labels", "ranks")
-            if (n := getattr(self, w))
-        )
-        words = {
-            "no_verdict": "without a verdict",
-            "both_bad": "both bad",
-            "across": "across prompts",
-            "equal_texts": "comparisons of equal texts",
-            "ties": "tied votes",
-            "undecided": "undecided",
-            "too_few": "with too few votes",
-            "disagreements": "disagreements",
-        }
-        rest = [f"{n} {word}" for key, word in words.items() if (n := getattr(self, key))]
-        head = f"{self.rule}: {made or 'no targets'} from {self.used} annotations"
-        return "; ".join([f"{head} in {self.resolved} of {self.groups} groups", *rest])
-
-
-class Resolved(list[CompletionGroup]):
-    """The groups that got a target, with the ``report`` of how."""
-
-    report: ResolveReport
-
-    def __init__(self, groups: Iterable[CompletionGroup], report: ResolveReport) -> None:
-        super().__init__(groups)
-        self.report = report
 
 
 def with_evidence(
@@ -179,12 +124,36 @@ def by_criterion(group: CompletionGroup, completion: Completion) -> Iterator[tup
             yield annotation.criterion, float(annotation.value)
 
 
-__all__ = [
-    "ResolveReport",
-    "Resolved",
-    "ballots",
-    "by_criterion",
-    "graded_votes",
-    "values_of",
-    "with_evidence",
-]
+def step_verdicts(
+    groups: Iterable[CompletionGroup],
+    annotations: Iterable[Annotation] | None,
+    criterion: str | None,
+    report: ResolveReport,
+) -> Iterator[tuple[CompletionGroup, list[Any], list[list[list[float]] | None]]]:
+    """Each group with the ends of its completions' steps and the verdicts on each step (None: no annotation)."""
+    for group in with_evidence(groups, annotations):
+        report.groups += 1
+        said = [
+            a
+            for a in group.annotations
+            if a.kind == "steps" and (criterion is None or a.criterion == criterion)
+        ]
+        cuts = given_ends(group, said)
+        position = {c.id: k for k, c in enumerate(group.completions)}
+        verdicts = [None if ends is None else [[] for _ in ends] for ends in cuts]
+        for annotation in said:
+            at = position.get(annotation.completions[0])
+            report.no_verdict += annotation.value is None
+            if at is None or annotation.value is None:
+                continue
+            if tuple(end for end, _ in annotation.value) != cuts[at]:
+                report.other_cuts += 1
+                continue
+            report.used += 1
+            for step, (_, verdict) in zip(verdicts[at] or (), annotation.value, strict=True):
+                if verdict is not None:
+                    step.append(float(verdict))
+        yield group, cuts, verdicts
+
+
+__all__ = ["ballots", "by_criterion", "graded_votes", "step_verdicts", "values_of", "with_evidence"]

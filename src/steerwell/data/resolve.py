@@ -7,6 +7,7 @@ labels    labels, by most votes (or from preferences)
 ranks     ranks, by the votes that each completion wins against the others of its prompt
 strengths pairs by the sign of the votes' mean strength, with that strength
 attributes scores by criterion: one column for each
+step_labels  a probability for each step, by the votes on it
 
 Each returns a list of groups with a ``.report`` of what was counted. An annotation without a verdict never
 counts as anything. Groups that get no target are left out, and the report says how many. The inputs are not
@@ -20,18 +21,19 @@ from dataclasses import replace
 from typing import Literal
 
 from steerwell.data.ballots import (
-    Resolved,
-    ResolveReport,
     ballots,
     by_criterion,
     graded_votes,
+    step_verdicts,
     values_of,
     with_evidence,
 )
 from steerwell.data.errors import InputError, nearest
+from steerwell.data.resolve_report import Resolved, ResolveReport
 from steerwell.data.types import Annotation, CompletionGroup, Pair
 
 Ties = Literal["drop", "half"]
+AfterError = Literal["keep", "drop", "wrong"]
 
 
 def majority(
@@ -280,6 +282,67 @@ def ranks(
     return Resolved(result, report)
 
 
+def step_labels(
+    groups: Iterable[CompletionGroup],
+    *,
+    annotations: Iterable[Annotation] | None = None,
+    min_votes: int = 1,
+    criterion: str | None = None,
+    votes: Literal["mean", "majority"] = "mean",
+    after_first_error: AfterError = "keep",
+) -> Resolved:
+    """Steps with labels: the mean of the verdicts on each step (right is 1, wrong 0), or with ``votes="majority"``
+    1 or 0 by most of them, a verdict of exactly 0.5 being for neither side. None where fewer than ``min_votes`` gave a
+    verdict, and where a majority is undecided.
+
+    A completion gets the steps that most of its annotations cut it into. ``after_first_error`` says what becomes of
+    the labels behind the first one below 0.5: they stay ("keep"), are None ("drop": nobody can say what a step is
+    worth that builds on a wrong one; annotators of PRM800K stopped there), or are 0 ("wrong").
+    """
+    _check(min_votes)
+    if votes not in ("mean", "majority"):
+        raise InputError(f"unknown count of votes {votes!r}", mend="Write 'mean' or 'majority'.")
+    if after_first_error not in ("keep", "drop", "wrong"):
+        raise InputError(
+            f"unknown after_first_error {after_first_error!r}", mend="Write 'keep', 'drop' or 'wrong'."
+        )
+    report = ResolveReport("step_labels")
+    result = []
+    for group, cuts, verdicts in step_verdicts(groups, annotations, criterion, report):
+        decided = [
+            None if own is None else _after_error(_decided(own, votes, min_votes, report), after_first_error)
+            for own in verdicts
+        ]
+        made = sum(label is not None for own in decided for label in own or ())
+        if made:
+            report.step_labels += made
+            report.resolved += 1
+            result.append(replace(group, steps=tuple(cuts), step_labels=tuple(decided)))
+    return Resolved(result, report)
+
+
+def _decided(
+    verdicts: Sequence[Sequence[float]], votes: str, min_votes: int, report: ResolveReport
+) -> tuple[float | None, ...]:
+    found: list[float | None] = []
+    for own in verdicts:
+        if votes == "majority":
+            label = _label([v > 0.5 for v in own if v != 0.5], min_votes, report)
+            found.append(None if label is None else float(label))
+            continue
+        report.disagreements += len({v > 0.5 for v in own if v != 0.5}) > 1
+        report.too_few += 0 < len(own) < min_votes
+        found.append(sum(own) / len(own) if len(own) >= min_votes else None)
+    return tuple(found)
+
+
+def _after_error(labels: tuple[float | None, ...], rule: AfterError) -> tuple[float | None, ...]:
+    first = next((i for i, label in enumerate(labels) if label is not None and label < 0.5), len(labels))
+    if rule == "keep":
+        return labels
+    return labels[: first + 1] + (None if rule == "drop" else 0.0,) * (len(labels) - first - 1)
+
+
 def _check(min_votes: int, *, ties: str = "drop", pairs: str = "all") -> None:
     if min_votes < 1:
         raise InputError(f"min_votes must be at least 1, got {min_votes}", mend="1 takes every vote.")
@@ -333,5 +396,6 @@ __all__ = [
     "mean",
     "ranks",
     "soft",
+    "step_labels",
     "strengths",
 ]

@@ -19,6 +19,7 @@ from transformers import BitsAndBytesConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from steerwell.data.errors import InputError, nearest
+from steerwell.models.encoder import head_parts, is_encoder
 
 AdapterKind = Literal["lora", "dora", "qlora"]
 KINDS: tuple[AdapterKind, ...] = get_args(AdapterKind)
@@ -111,11 +112,14 @@ def four_bits(adapter: Adapter | None, device: torch.device) -> BitsAndBytesConf
 def add_adapter(model: PreTrainedModel, adapter: Adapter) -> Any:
     """peft's wrapper of ``model`` with a fresh adapter; only the adapter is trained.
 
-    The score head of a reward model is trained with it. Raises :class:`InputError` for ``targets`` that are
-    no linear layers of the model.
+    The head of a reward model is trained with it; on an encoder that is all between the last hidden states and the
+    output. Raises :class:`InputError` for ``targets`` that are no linear layers of the model.
     """
     from peft import LoraConfig, get_peft_model
 
+    encoder = is_encoder(model.config)
+    heads = [p for part in head_parts(model) for p in part.parameters()] if encoder else []
+    heads = [p for p in heads if p.requires_grad]
     chosen = _targets(model, adapter)
     config = LoraConfig(
         r=adapter.rank,
@@ -123,7 +127,7 @@ def add_adapter(model: PreTrainedModel, adapter: Adapter) -> Any:
         lora_dropout=0.0,
         target_modules=chosen,
         use_dora=adapter.kind == "dora",
-        task_type=None if hasattr(model, "score") else "CAUSAL_LM",
+        task_type=None if encoder or hasattr(model, "score") else "CAUSAL_LM",
     )
     with warnings.catch_warnings(), torch.random.fork_rng():
         torch.manual_seed(0)  # A is always the same; a run draws it anew from its own seed
@@ -133,7 +137,9 @@ def add_adapter(model: PreTrainedModel, adapter: Adapter) -> Any:
         warnings.filterwarnings("ignore", message="(?s).*tie_word_embeddings", category=UserWarning)
         wrapped: Any = get_peft_model(model, config)
     if hasattr(model, "score"):
-        model.score.weight.requires_grad_(True)  # type: ignore[union-attr]
+        heads = [model.score.weight]  # type: ignore[union-attr]
+    for parameter in heads:
+        parameter.requires_grad_(True)
     return wrapped.eval()
 
 
@@ -141,6 +147,9 @@ def _targets(model: PreTrainedModel, adapter: Adapter) -> list[str]:
     """Full names of the layers that get the adapter."""
     linear = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear | Conv1D)}
     heads = {id(model.get_output_embeddings()), id(getattr(model, "score", None))}
+    if is_encoder(model.config):
+        heads |= {id(module) for part in head_parts(model) for module in part.modules()}
+        linear = {name: module for name, module in linear.items() if id(module) not in heads}
     if adapter.targets is None:
         return [name for name, layer in linear.items() if id(layer) not in heads]
     chosen: dict[str, None] = {}

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
 
 from steerwell.data.errors import InputError
+from steerwell.models.encoder import is_encoder
 from steerwell.models.tree_plan import Node, TreePlan
 
 NAME = "steerwell"
@@ -114,6 +115,8 @@ _RECURRENT = re.compile(
 
 
 def _find_stateful_layers(model: PreTrainedModel) -> str:
+    if is_encoder(model.config):
+        return "attention that reads both ways"
     kinds = set(getattr(model.config.get_text_config(), "layer_types", None) or ()) - _PLAIN
     if kinds:
         return f"layers of type {', '.join(sorted(map(str, kinds)))}"
@@ -143,7 +146,11 @@ def use_steerwell_attention(model: PreTrainedModel) -> None:
 def refuse_other_ways(model: PreTrainedModel) -> None:
     """Raise :class:`InputError` for a model that does not read from left to right."""
     config = model.config.get_text_config()
-    if getattr(config, "is_encoder_decoder", False) or getattr(config, "is_causal", True) is False:
+    if (
+        is_encoder(config)
+        or getattr(config, "is_encoder_decoder", False)
+        or getattr(config, "is_causal", True) is False
+    ):
         raise refusal(model, "is not a decoder that reads from left to right")
 
 

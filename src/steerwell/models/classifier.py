@@ -11,6 +11,7 @@ from torch import nn
 from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
 from steerwell.data.errors import InputError
+from steerwell.models.encoder import is_encoder, output_layer
 from steerwell.models.forward import adopt
 
 #: Size of a fresh head's outputs, where hidden states have numbers of size 1.
@@ -52,8 +53,10 @@ def classifier_on(
 
 
 def check_classifier(model: Any, path: str | Path | None) -> None:
-    """Raise :class:`InputError` unless the model has a linear head called ``score`` with as many outputs as labels."""
-    head = getattr(model, "score", None)
+    """Raise :class:`InputError` unless the model has a linear head with as many outputs as labels: one called
+    ``score``, or that of an encoder (:func:`steerwell.models.encoder.output_layer`).
+    """
+    head = output_layer(model) if is_encoder(model.config) else getattr(model, "score", None)
     if not isinstance(head, nn.Linear) or head.out_features != getattr(model.config, "num_labels", None):
         raise InputError(
             f"{type(model).__name__} is not a reward model",

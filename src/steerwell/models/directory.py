@@ -98,10 +98,23 @@ def from_hub(place: str) -> bool:
 
 
 def model_place(path: str | Path) -> str | Path:
-    """Where a model lies: a run directory means its ``model``; any other path or hub name means itself."""
-    inside = Path(path) / "model"
-    is_run = (inside / "config.json").is_file() and not (Path(path) / "config.json").is_file()
-    return inside if is_run else path
+    """Where a model lies: a run directory means its ``model``, a directory of sentence-transformers without a model of
+    its own means its first module's; any other path or hub name means itself.
+    """
+    if (Path(path) / "config.json").is_file():
+        return path
+    inside, modules = Path(path) / "model", Path(path) / "modules.json"
+    if modules.is_file():
+        inside = Path(path) / _first_module(modules)
+    return inside if (inside / "config.json").is_file() else path
+
+
+def _first_module(file: Path) -> str:
+    """The folder of the first module that a ``modules.json`` of sentence-transformers names."""
+    try:
+        return str(json.loads(file.read_text("utf-8"))[0]["path"])
+    except (OSError, ValueError, LookupError, TypeError):
+        return ""
 
 
 #: Files that say that a directory is one of ours to replace.

@@ -22,11 +22,12 @@ from steerwell.models.attention import (
     use_steerwell_attention,
 )
 from steerwell.models.batch import Batch, padded, tree
+from steerwell.models.encoder import encoder_outputs, is_encoder
 from steerwell.models.head import Head, head, token_logps
 from steerwell.models.render import Sequence, TokenizedGroup
 from steerwell.models.sharding import inside
 
-Pooling = Literal["last", "mean"]
+Pooling = Literal["last", "mean", "cls"]
 
 
 def per_token_logps(
@@ -63,7 +64,8 @@ def head_outputs(
     otherwise); differentiable.
 
     ``last`` reads the hidden state of each completion's last token (as ``transformers`` does), ``mean`` the
-    mean over its scored tokens. The gate reads the prompt's last token.
+    mean over its scored tokens. Encoders take ``cls`` and ``mean``: see
+    :func:`steerwell.models.encoder.encoder_outputs`. The gate reads the prompt's last token.
     """
     found = inside(model, _outputs, model, batch, pooling, gated)
     if not gated:
@@ -78,6 +80,8 @@ def pooled_states(model: nn.Module, batch: Batch, pooling: Pooling = "last") -> 
 
 
 def _outputs(model: nn.Module, batch: Batch, pooling: Pooling, gated: bool) -> Tensor:
+    if is_encoder(unwrap(model).config):
+        return encoder_outputs(unwrap(model), batch, pooling).clone()
     hidden = hidden_states(model, batch)
     score: Any = unwrap(model).score
     # FSDP wants a tensor of its own, not a view

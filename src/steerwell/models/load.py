@@ -16,6 +16,7 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     PreTrainedModel,
@@ -43,6 +44,7 @@ from steerwell.models.directory import (
     save_directory,
     weights_digest,
 )
+from steerwell.models.encoder import is_encoder
 from steerwell.models.forward import (
     adopt,
     per_token_logps,
@@ -217,10 +219,52 @@ def load_parts(
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     dtype = number_type(dtype, device)
     quantised = four_bits(adapter, device)
-    how: dict[str, Any] = {"trust_remote_code": False, "local_files_only": not from_hub(place)}
+    _refuse_encoder(place, path)
+    tokenizer = read_tokenizer(place, path)
+    if not tokenizer.chat_template:
+        raise InputError("the tokenizer has no chat template", file=path, mend=TEMPLATE_MEND)
+    more = {} if quantised is None else {"quantization_config": quantised, "device_map": {"": device}}
+    more |= {} if labels is None else {"num_labels": labels}
+    model, missing = read_network(kind, place, path, dtype, **more)
+    refuse_missing(model, [name for name in missing if labels is None or name != "score.weight"], path)
+    check_rows(model, tokenizer, path)
+    if quantised is None:
+        model.to(device)
+    adopt(model.eval())
+    return model, tokenizer
+
+
+def encoder_config(path: str | Path) -> Any:
+    """The configuration of a model if it is an encoder (:func:`steerwell.models.encoder.is_encoder`), else None."""
+    place = check_directory(path)
+    try:
+        with quiet():
+            config = AutoConfig.from_pretrained(place, **_how(place))
+    except (OSError, ValueError, KeyError):
+        return None  # whoever loads the model says what is wrong
+    return config if is_encoder(config) else None
+
+
+def _refuse_encoder(place: str, path: str | Path) -> None:
+    config = encoder_config(place)
+    if config is not None:
+        kind = next(iter(config.architectures or ()), type(config).__name__)
+        raise InputError(
+            f"this is a {kind}, an encoder: it reads both ways and cannot write",
+            file=path,
+            mend='Train a reward model from it (objective = "bradley_terry"), or name a causal language model.',
+        )
+
+
+def _how(place: str) -> dict[str, Any]:
+    return {"trust_remote_code": False, "local_files_only": not from_hub(place)}
+
+
+def read_tokenizer(place: str, path: str | Path) -> PreTrainedTokenizerBase:
+    """The tokenizer of a model; raises :class:`InputError`, which names ``path``, where there is none."""
     with quiet():
         try:
-            tokenizer = AutoTokenizer.from_pretrained(place, **how)
+            return AutoTokenizer.from_pretrained(place, **_how(place))
         except (OSError, ValueError, KeyError) as error:
             raise InputError(
                 f"no tokenizer could be loaded ({first_line(error)})"
@@ -229,12 +273,16 @@ def load_parts(
                 file=path,
                 mend="Give a directory with tokenizer.json and tokenizer_config.json next to the model.",
             ) from error
-        if not tokenizer.chat_template:
-            raise InputError("the tokenizer has no chat template", file=path, mend=TEMPLATE_MEND)
-        if quantised is not None:
-            how |= {"quantization_config": quantised, "device_map": {"": device}}
-        if labels is not None:
-            how |= {"num_labels": labels}
+
+
+def read_network(
+    kind: Any, place: str, path: str | Path, dtype: torch.dtype, **more: Any
+) -> tuple[Any, list[str]]:
+    """The network of a model, by the class ``kind``, and the names of weights that its files lack (they have random
+    values). Raises :class:`InputError` where it can't be read.
+    """
+    how = {**_how(place), **more}
+    with quiet():
         try:
             model, info = kind.from_pretrained(
                 place, dtype=dtype, use_safetensors=True, output_loading_info=True, **how
@@ -245,24 +293,29 @@ def load_parts(
                 file=path,
                 mend="It must be a complete Hugging Face directory with safetensors weights.",
             ) from error
-    missing = sorted(set(info["missing_keys"]) - ({"score.weight"} if labels is not None else set()))
-    if missing:  # transformers would go on with random numbers there
+    return model, sorted(info["missing_keys"])
+
+
+def refuse_missing(model: PreTrainedModel, missing: Sequence[str], path: str | Path) -> None:
+    """Raise :class:`InputError` where weights are missing: ``transformers`` would go on with random numbers there."""
+    if missing:
         raise InputError(
             f"{len(missing)} weights of a {type(model).__name__} are missing ({missing[0]})",
             file=path,
             mend="Name a directory of the right kind of model, with all of its weights.",
         )
-    rows = model.get_input_embeddings().weight.shape[0]
+
+
+def check_rows(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, path: str | Path) -> None:
+    """Raise :class:`InputError` where the tokenizer knows more tokens than the model."""
+    embedding: Any = model.get_input_embeddings()
+    rows = embedding.weight.shape[0]
     if len(tokenizer) > rows:
         raise InputError(
             f"the tokenizer has {len(tokenizer)} tokens but the model has embeddings for {rows}",
             file=path,
             mend="Take the tokenizer that the model was trained with.",
         )
-    if quantised is None:
-        model.to(device)
-    adopt(model.eval())
-    return model, tokenizer
 
 
 def by_group(
@@ -308,12 +361,17 @@ __all__ = [
     "Policy",
     "batches",
     "by_group",
+    "check_rows",
+    "encoder_config",
     "evaluating",
     "load_parts",
     "load_policy",
     "merged",
     "name_of",
     "number_type",
+    "read_network",
+    "read_tokenizer",
+    "refuse_missing",
     "set_threads",
     "weights_digest",
 ]

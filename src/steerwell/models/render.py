@@ -42,11 +42,14 @@ class Sequence:
 
 @dataclass(slots=True)
 class TokenizedGroup:
-    """A group with one :class:`Sequence` per completion; ``truncated`` says which lost their end."""
+    """A group with one :class:`Sequence` per completion; ``truncated`` says which lost their end, ``cut_prompts`` how
+    many have a prompt that lost its beginning (only encoders read such).
+    """
 
     sequences: list[Sequence]
     group: CompletionGroup
     truncated: list[bool]
+    cut_prompts: int = 0
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import copy
 import hashlib
 import math
-import statistics
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -25,8 +24,7 @@ from steerwell.models.adapter_files import (
     is_adapter,
     load_base,
     read_adapter,
-    read_tokenizer,
-    write_adapter,
+    save_adapter,
 )
 from steerwell.models.adapters import (
     AdapterKind,
@@ -39,9 +37,28 @@ from steerwell.models.adapters import (
 )
 from steerwell.models.bayesian_head import UNCERTAINTY_FILE, Posterior, read_posterior, with_posterior
 from steerwell.models.classifier import NEAR_ZERO, check_classifier, classifier_on
-from steerwell.models.directory import put_in_place, read_json, remembered_digest, save_directory
+from steerwell.models.directory import (
+    model_place,
+    read_json,
+    remembered_digest,
+    save_directory,
+)
+from steerwell.models.encoder import positions, train_what_is_read
 from steerwell.models.forward import Pooling, head_outputs
-from steerwell.models.load import MAX_TOKENS, Policy, by_group, evaluating, load_parts, name_of
+from steerwell.models.load import (
+    MAX_TOKENS,
+    Policy,
+    by_group,
+    encoder_config,
+    evaluating,
+    load_parts,
+    name_of,
+    read_tokenizer,
+    unwrap,
+)
+from steerwell.models.load_encoder import load_encoder
+from steerwell.models.normalise import normalised
+from steerwell.models.pairs import tokenize_pairs
 from steerwell.models.render import TokenizedGroup, ending, tokenize_groups
 from steerwell.models.reward_head import add_gate, load_gate
 from steerwell.models.scoring import (
@@ -51,12 +68,12 @@ from steerwell.models.scoring import (
     check_tokenizer,
     combined,
     made_for,
-    read_recipe,
+    recipe_beside,
 )
+from steerwell.models.step_scores import aggregate, step_logits
 from steerwell.models.uncertainty import margins_with_std, moderation, score_with_std
 
-#: Size of a fresh head's outputs in an ensemble: the usual start of a reward head (arXiv:2009.01325), large enough to
-#: act as each member's own prior (arXiv:1806.03335).
+#: Size of a fresh ensemble's outputs: the usual start of a head (arXiv:2009.01325), a prior (arXiv:1806.03335).
 MEMBERS_APART = 1.0
 
 
@@ -106,6 +123,42 @@ class RewardModel:
         base = policy.path if fresh else ""
         return cls(whole, policy.tokenizer, recipe, name or f"{policy.name}-reward", base=base)
 
+    @classmethod
+    def from_encoder(
+        cls,
+        path: str | Path,
+        *,
+        pooling: Pooling = "cls",
+        max_length: int | None = None,
+        lora: int | None = None,
+        adapter: AdapterKind = "lora",
+        lora_alpha: float | None = None,
+        lora_targets: Iterable[str] | None = None,
+        device: str | torch.device | None = None,
+        dtype: str | torch.dtype | None = None,
+        name: str | None = None,
+        head: str = "score",
+        outputs: tuple[str, ...] = ("score",),
+    ) -> RewardModel:
+        """A new reward model on an encoder (BERT, RoBERTa, DeBERTa, ModernBERT, a model of sentence-transformers).
+
+        It reads a prompt and a completion as a pair of texts of at most ``max_length`` tokens
+        (:func:`steerwell.models.pairs.tokenize_pairs`). ``pooling`` is ``cls``, the model's own way to an output, or
+        ``mean``, the mean over the completion's tokens. Its output layer is close to zero, always the same. With
+        ``lora`` an adapter and the head are trained, and nothing else.
+
+        Raises :class:`InputError` for a model that is no encoder, and as
+        :func:`steerwell.models.load_encoder.load_encoder` does.
+        """
+        asked = asked_adapter(lora, adapter, lora_alpha, lora_targets)
+        recipe = ScoringRecipe(pooling, head=head, outputs=outputs, template="pair", max_length=max_length)
+        if encoder_config(model_place(path)) is None:
+            raise InputError("this is no encoder", file=path, mend="Use from_policy with a language model.")
+        model, tokenizer = load_encoder(path, device, dtype, asked, outputs=len(outputs))
+        train_what_is_read(model, pooling)
+        whole: Any = model if asked is None else add_adapter(model, asked)
+        return cls(whole, tokenizer, recipe, name or f"{name_of(path)}-reward", str(path))
+
     @property
     def device(self) -> torch.device:
         """Where the weights are."""
@@ -120,12 +173,27 @@ class RewardModel:
     def tokenize(
         self, groups: Iterable[CompletionGroup], max_length: int | None = None
     ) -> list[TokenizedGroup]:
-        """Token ids of groups; see :func:`steerwell.models.render.tokenize_groups`."""
+        """Token ids of groups; see :func:`steerwell.models.render.tokenize_groups`, and for a recipe of pairs
+        :func:`steerwell.models.pairs.tokenize_pairs`.
+        """
+        if self.recipe.template == "pair":
+            return tokenize_pairs(self.tokenizer, groups, self.limit(max_length))
         return tokenize_groups(self.tokenizer, groups, max_length)
+
+    def limit(self, max_length: int | None = None) -> int | None:
+        """The tokens that a pair may have: the least of what is asked for, the recipe's and what the encoder reads."""
+        limits = (max_length, self.recipe.max_length, positions(unwrap(self.model)))
+        return min((n for n in limits if n is not None), default=None)
 
     @torch.no_grad()
     def score(self, groups: Iterable[CompletionGroup], *, max_tokens: int = MAX_TOKENS) -> list[list[float]]:
         """The score of every completion, one list per group; the same whatever else is in the batch."""
+        if self.recipe.aggregate is not None:
+            raw = [
+                [aggregate(self.recipe.aggregate, steps) for steps in own]
+                for own in self._step_logits(groups, max_tokens)
+            ]
+            return [[(x - self.recipe.mean) / self.recipe.std for x in scores] for scores in raw]
 
         def values(batch: Any) -> torch.Tensor:
             return combined(*self._read(batch, gated=self.recipe.gate))
@@ -149,6 +217,35 @@ class RewardModel:
         names = self.recipe.outputs
         return [[dict(zip(names, row, strict=True)) for row in rows] for rows in raw]  # type: ignore[arg-type]
 
+    def score_steps(
+        self, groups: Iterable[CompletionGroup], *, max_tokens: int = MAX_TOKENS
+    ) -> list[list[list[float]]]:
+        """The probability that each step of every completion is right: lists of completions of steps, one per group.
+
+        Steps are the group's ``steps``, or as the recipe's ``step_separator`` cuts. Raises :class:`InputError` for a
+        model that has learnt nothing about steps.
+        """
+        if self.recipe.aggregate is None:
+            raise InputError(
+                f"{self.name} is no process reward model: it scores whole completions",
+                mend='Train one: a recipe with objective = "process_reward".',
+            )
+        found = self._step_logits(groups, max_tokens)
+        return [
+            [torch.tensor(steps, dtype=torch.float64).sigmoid().tolist() for steps in own] for own in found
+        ]
+
+    def _step_logits(self, groups: Iterable[CompletionGroup], max_tokens: int) -> list[list[list[float]]]:
+        with evaluating(self.model):
+            return step_logits(
+                self.model,
+                self.tokenizer,
+                groups,
+                self.tokenize,
+                max_tokens=max_tokens,
+                separator=self.recipe.step_separator,
+            )
+
     def _read(self, batch: Any, *, gated: bool = False) -> tuple[torch.Tensor, ScoringRecipe, Any]:
         found, gate = head_outputs(self.model, batch, self.recipe.pooling, gated=gated)
         return found, self.recipe, gate
@@ -170,10 +267,8 @@ class RewardModel:
     def margins_with_std(
         self, groups: Iterable[CompletionGroup], *, max_tokens: int = MAX_TOKENS
     ) -> list[list[tuple[float, float]]]:
-        """For every pair of every group the score of its first completion less that of its second, and the standard
-        deviation of that difference: over the members, or by the posterior; quantiles are taken for independent.
-
-        Raises :class:`InputError` as :meth:`score_with_std` does.
+        """For every pair of every group the difference of its two scores and the standard deviation of that: over the
+        members, or by the posterior; quantiles are taken for independent. Raises as :meth:`score_with_std` does.
         """
         return margins_with_std(self, groups, max_tokens)
 
@@ -189,16 +284,13 @@ class RewardModel:
         stay as they are; the posterior is saved with the model.
 
         ``prior_precision``: 1 / variance of each weight before the data; ``likeliest``: by the marginal likelihood.
-        It takes one pass over the data, and D^2 numbers for each output at a width of D.
-
-        Raises :class:`InputError` for other heads, and where the groups hold nothing of the kind.
+        It takes one pass over the data, and D^2 numbers for each output at a width of D. Raises :class:`InputError` for
+        other heads, and where the groups hold nothing of the kind.
         """
         return with_posterior(self, groups, prior_precision, max_tokens)
 
     def posterior(self) -> Posterior:
-        """The posterior of the head, read from the model's directory when it is first asked for. Raises
-        :class:`InputError` where there is none.
-        """
+        """The posterior of the head, read from the directory when first asked for. Raises where there is none."""
         if self._posterior is None:
             self._posterior = read_posterior(Path(self.path) / UNCERTAINTY_FILE, self.recipe.uncertainty)
         return self._posterior
@@ -218,24 +310,9 @@ class RewardModel:
 
         Members of an ensemble are brought to one level and scale first, each by its own mean and standard deviation:
         pairs leave the level of a member free, and ``min`` and ``uwo`` compare levels. Probabilities then go by the
-        mean of the members' scales.
-
-        Raises :class:`InputError` where there are fewer than two different scores.
+        mean of the members' scales. Raises :class:`InputError` where there are fewer than two different scores.
         """
-        groups = list(groups)
-        plain = replace(self, recipe=replace(self.recipe, mean=0.0, std=1.0))
-        raw_temperature = (
-            self.recipe.temperature * self.recipe.std * statistics.fmean(self.recipe.scales or [1])
-        )
-        if self.recipe.head == "members":
-            plain = plain.with_recipe(levels=None, scales=None)
-            rows = [[*each.values()] for own in plain.outputs(groups) for each in own]
-            columns = [_scale([row[i] for row in rows]) for i in range(len(self.recipe.outputs))]
-            levels, scales = zip(*columns, strict=True)
-            plain = plain.with_recipe(levels=levels, scales=scales)
-        mean, std = _scale([score for scores in plain.score(groups) for score in scores])
-        temperature = raw_temperature / (std * statistics.fmean(plain.recipe.scales or [1]))
-        return plain.with_recipe(mean=mean, std=std, temperature=temperature)
+        return normalised(self, groups)
 
     def with_recipe(self, **changes: Any) -> RewardModel:
         """This model with another recipe; the network is shared."""
@@ -250,6 +327,11 @@ class RewardModel:
             raise InputError(
                 f"a gate weighs attributes, and this head gives {self.recipe.head}",
                 mend='Train one with objective = "regression" first.',
+            )
+        if self.recipe.template == "pair":
+            raise InputError(
+                "a gate reads the prompt alone, and an encoder reads both ways",
+                mend="Use weights: model.with_recipe(weights=(…)).",
             )
         if hasattr(self.model, "peft_config"):
             raise InputError(
@@ -274,13 +356,7 @@ class RewardModel:
         weights below it lie in no directory (a policy with a trained adapter was merged).
         """
 
-        def write(fresh: Path) -> None:
-            write_adapter(self.model, self.base, self.tokenizer, fresh)
-            (fresh / SCORING_FILE).write_text(self.recipe.to_json(), encoding="utf-8")
-            if self.recipe.uncertainty:
-                (fresh / UNCERTAINTY_FILE).write_bytes(self.posterior().to_bytes())
-
-        return put_in_place(Path(path), write)
+        return save_adapter(self, Path(path))
 
     def copy(self) -> RewardModel:
         """An independent copy with equal weights, on the same device."""
@@ -300,7 +376,8 @@ def load_reward_model(
     base: str | Path | None = None,
 ) -> RewardModel:
     """Load a reward model: a sequence classifier, or an adapter with a head (:meth:`RewardModel.save_adapter`) over the
-    base that its directory names, or over ``base``. Without a recipe it has one label and reads the last token.
+    base that its directory names, or over ``base``. Without a recipe it has one label and reads the last token, and on
+    an encoder a pair of texts in the model's own way.
 
     With ``lora`` a new adapter and the head are trained, and nothing else; see :func:`load_policy`.
 
@@ -328,8 +405,18 @@ def load_reward_model(
                 file=path,
                 mend='Train one from it: a recipe with objective = "bradley_terry".',
             )
-    recipe = recipe_beside(local)
-    model, tokenizer = load_parts(AutoModelForSequenceClassification, path, device, dtype, asked)
+    encoder = encoder_config(path) is not None
+    recipe = recipe_beside(local, encoder)
+    if encoder != (recipe.template == "pair"):
+        raise InputError(
+            f"the template of an encoder is pair, that of a decoder chat, and this is {recipe.template}",
+            file=local / SCORING_FILE,
+        )
+    if encoder:
+        model, tokenizer = load_encoder(path, device, dtype, asked)
+        train_what_is_read(model, recipe.pooling)
+    else:
+        model, tokenizer = load_parts(AutoModelForSequenceClassification, path, device, dtype, asked)
     check_classifier(model, path)
     check_tokenizer(recipe, tokenizer, path)
     check_outputs(recipe, model, path)
@@ -348,26 +435,10 @@ def _over_base(
     name: str,
 ) -> RewardModel:
     recipe = recipe_beside(folder)
-    tokenizer = read_tokenizer(folder)
+    tokenizer = read_tokenizer(str(folder), folder)
     check_tokenizer(recipe, tokenizer, folder)
     model, _ = read_adapter(load_base(base, len(recipe.outputs), device, dtype), folder)
     return RewardModel(model, tokenizer, recipe, name, str(folder), base)
-
-
-def recipe_beside(folder: Path) -> ScoringRecipe:
-    """The scoring recipe of a directory; the usual one where it has none."""
-    file = folder / SCORING_FILE
-    return read_recipe(read_json(file), file) if file.is_file() else ScoringRecipe()
-
-
-def _scale(raw: list[float]) -> tuple[float, float]:
-    """Mean and standard deviation."""
-    if len(set(raw)) < 2:
-        raise InputError(
-            f"{len(raw)} completions with {len(set(raw))} different scores have no scale",
-            mend="Give a reference set of some hundred completions.",
-        )
-    return statistics.fmean(raw), statistics.pstdev(raw)
 
 
 def _pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
@@ -375,4 +446,4 @@ def _pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
     return int(pad if pad is not None else ending(tokenizer).stop_id or 0)  # type: ignore[arg-type]
 
 
-__all__ = ["SCORING_FILE", "RewardModel", "ScoringRecipe", "load_reward_model", "recipe_beside"]
+__all__ = ["SCORING_FILE", "RewardModel", "ScoringRecipe", "load_reward_model"]

@@ -17,19 +17,23 @@ from typing import Any, Literal
 from torch import Tensor
 
 from steerwell.data.errors import InputError, nearest
+from steerwell.data.steps import SEPARATOR
+from steerwell.models.directory import read_json
 from steerwell.models.forward import Pooling
 from steerwell.models.render import ending
+from steerwell.models.step_scores import check_aggregate
 
 SCORING_FILE = "steerwell_scoring.json"
 VERSION = 2
-POOLINGS = ("last", "mean")
+POOLINGS = ("last", "mean", "cls")
+Template = Literal["chat", "pair"]
+TEMPLATES = ("chat", "pair")
 HEADS: dict[str, str] = {
     "score": "one score",
     "attributes": "one output for each named attribute",
     "quantiles": "quantiles of the score",
     "members": "members of an ensemble",
     "quality_length": "quality, and what length explains",
-    "steps": "one logit for each step",
 }
 COMBINATIONS = ("mean", "min", "uwo")
 Combination = Literal["mean", "min", "uwo"]
@@ -40,7 +44,8 @@ class ScoringRecipe:
     """What turns a head's outputs into scores.
 
     pooling: which hidden states are read: ``last``, that of the completion's last token, or ``mean``, the mean over
-    its scored tokens. head: what the outputs are (:data:`HEADS`), with their names in ``outputs``.
+    its scored tokens; on an encoder ``cls``, the model's own way, or ``mean``.
+    head: what the outputs are (:data:`HEADS`), with their names in ``outputs``.
     weights: of attributes, where they are not 1 / A each and there is no gate. gate: whether the head has one
     (:mod:`steerwell.models.reward_head`). combine: how members become one score: ``mean``, ``min`` (worst case, WCO) or
     ``uwo``, mean - penalty * variance over the members (arXiv:2310.02743, sections 3.2 and 3.3; the variance divides
@@ -49,7 +54,11 @@ class ScoringRecipe:
     temperature: s((a - b) / temperature) is the probability that a completion of score a is preferred to one of
     score b. cutpoints: of the model's ``ordinal`` objective.
     uncertainty: digest of the posterior beside the model (:mod:`steerwell.models.bayesian_head`); empty: it has none.
-    template, stop: digest of the chat template and the token that ends a turn, as in training; empty: not recorded.
+    aggregate: how a process reward model makes one score of those of the completion's steps (min, prod or last; see
+    :mod:`steerwell.models.step_scores`), as ``step_separator`` cuts them; None: whole completions are scored.
+    template: ``chat``, the tokenizer's chat template, or ``pair``, the two texts of an encoder
+    (:mod:`steerwell.models.pairs`), together at most ``max_length`` tokens long (None: as many as the model reads).
+    template_digest, stop: of the chat template and the token that ends a turn, as in training; empty: not recorded.
     """
 
     pooling: Pooling = "last"
@@ -66,7 +75,11 @@ class ScoringRecipe:
     temperature: float = 1.0
     cutpoints: tuple[float, ...] | None = None
     uncertainty: str = ""
-    template: str = ""
+    aggregate: str | None = None
+    step_separator: str = SEPARATOR
+    template: Template = "chat"
+    max_length: int | None = None
+    template_digest: str = ""
     stop: str = ""
 
     def __post_init__(self) -> None:
@@ -74,10 +87,23 @@ class ScoringRecipe:
             value = getattr(self, name)
             if isinstance(value, list):
                 object.__setattr__(self, name, tuple(value))
-        for name, known in (("pooling", POOLINGS), ("head", HEADS), ("combine", COMBINATIONS)):
+        for name, known in (
+            ("pooling", POOLINGS),
+            ("head", HEADS),
+            ("combine", COMBINATIONS),
+            ("template", TEMPLATES),
+        ):
             value = str(getattr(self, name))
             if value not in known:
                 raise InputError(f"unknown {name} {value!r}", mend=nearest(value, known))
+        other = {"chat": "cls", "pair": "last"}[self.template]
+        if self.pooling == other:
+            whose = "encoders" if other == "cls" else "decoders, which read from left to right"
+            left = " or ".join(name for name in POOLINGS if name != other)
+            raise InputError(f"pooling {other!r} is for {whose}", mend=f"Use {left}.")
+        if self.max_length is not None and self.template == "chat":
+            raise InputError("max_length of a scoring recipe is for encoders", mend="Leave it out.")
+        check_aggregate(self.aggregate)
         if not self.std > 0:
             raise InputError(f"the scale of scores must be positive, got {self.std}", mend="Use std=1.0.")
         if not self.temperature > 0:
@@ -94,8 +120,10 @@ class ScoringRecipe:
         return json.dumps({"version": VERSION, **asdict(self)}, indent=2) + "\n"
 
     def digest(self) -> str:
-        """A hash of all that it says."""
-        return hashlib.blake2b(json.dumps(asdict(self), sort_keys=True).encode(), digest_size=12).hexdigest()
+        """A hash of all that it says. A name that is new and at its default changes nothing."""
+        plain = {field.name: field.default for field in fields(self)}
+        kept = {name: value for name, value in asdict(self).items() if value != plain[name]}
+        return hashlib.blake2b(json.dumps(kept, sort_keys=True).encode(), digest_size=12).hexdigest()
 
 
 def read_recipe(given: Mapping[str, Any], file: str | Path) -> ScoringRecipe:
@@ -123,6 +151,14 @@ def read_recipe(given: Mapping[str, Any], file: str | Path) -> ScoringRecipe:
         raise InputError(f"not a scoring recipe ({error})", file=file, mend="Write it again.") from error
     except InputError as error:
         raise InputError(error.what, file=file, mend=error.mend) from None
+
+
+def recipe_beside(folder: Path, encoder: bool = False) -> ScoringRecipe:
+    """The scoring recipe of a directory; the usual one where it has none."""
+    file = folder / SCORING_FILE
+    if file.is_file():
+        return read_recipe(read_json(file), file)
+    return ScoringRecipe("cls", template="pair") if encoder else ScoringRecipe()
 
 
 def combined(head_scores: Tensor, recipe: ScoringRecipe, gate: Tensor | None = None) -> Tensor:
@@ -162,20 +198,22 @@ def by_members(each: Tensor, combine: str, penalty: float) -> Tensor:
 
 
 def made_for(tokenizer: Any, recipe: ScoringRecipe) -> ScoringRecipe:
-    """The recipe with ``template`` and ``stop`` of this tokenizer."""
+    """The recipe with ``template_digest`` and ``stop`` of this tokenizer."""
     template = getattr(tokenizer, "chat_template", None)
     if not template:
-        return replace(recipe, template="", stop="")
+        return replace(recipe, template_digest="", stop="")
     text = template if isinstance(template, str) else json.dumps(template, sort_keys=True)
     stop = ending(tokenizer).stop_id
     word = "" if stop is None else str(tokenizer.convert_ids_to_tokens(stop))
-    return replace(recipe, template=hashlib.blake2b(text.encode(), digest_size=8).hexdigest(), stop=word)
+    return replace(
+        recipe, template_digest=hashlib.blake2b(text.encode(), digest_size=8).hexdigest(), stop=word
+    )
 
 
 def check_tokenizer(recipe: ScoringRecipe, tokenizer: Any, file: str | Path) -> None:
     """Raise :class:`InputError` where the template or the stop token is another one than in training."""
     now = made_for(tokenizer, recipe)
-    for name, what in (("template", "chat template"), ("stop", "stop token")):
+    for name, what in (("template_digest", "chat template"), ("stop", "stop token")):
         before = getattr(recipe, name)
         if before and before != getattr(now, name):
             raise InputError(
@@ -211,4 +249,5 @@ __all__ = [
     "made_for",
     "member_scores",
     "read_recipe",
+    "recipe_beside",
 ]

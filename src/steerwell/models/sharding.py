@@ -24,6 +24,7 @@ from torch.distributed.fsdp import (
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from steerwell.data.errors import InputError
+from steerwell.models.encoder import output_weights
 
 T = TypeVar("T")
 _ENTRY, _RUNNING = "_steerwell_inside", "_steerwell_running"
@@ -39,8 +40,10 @@ def shard(model: nn.Module, mesh: Any, compute: torch.dtype | None = None) -> No
     policy = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=torch.float32 if compute else None)
     for layer in decoder_layers(model):
         fully_shard(layer, mesh=mesh, mp_policy=policy)
-    for name, module in model.named_modules():
-        if name.rpartition(".")[2] == "score" and isinstance(module, nn.Linear):
+    fine = output_weights(model)
+    for name, module in list(model.named_modules()):
+        head = name.rpartition(".")[2] == "score" or f"{name}.weight" in fine
+        if head and isinstance(module, nn.Linear):
             fully_shard(module, mesh=mesh)  # a reward model's head stays in float32
     setattr(model, _ENTRY, MethodType(_run, model))
     fully_shard(model, mesh=mesh, mp_policy=policy)

@@ -7,8 +7,8 @@ keys, help texts and documents come from the signature. It returns ``(losses, me
 The decorator :func:`objective` only notes a few facts on the function and enters it in :data:`TABLE`.
 Everything else here reads signatures and docstrings.
 
-Shape letters: N completions, S scored tokens, M pairs, R figures that are carried along; of reward models H outputs of
-the head, A named attributes, D the width of what the head reads.
+Shape letters: N completions, S scored tokens, M pairs, U steps, R figures that are carried along; of reward models H
+outputs of the head, A named attributes, D the width of what the head reads.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ from torch import Tensor
 
 from steerwell.objectives.mixtures import MIXTURES, mixture_page
 
-Unit = Literal["pair", "completion", "token"]
+Unit = Literal["pair", "completion", "token", "step"]
 Kind = Literal["policy", "reward", "policy_gradient"]
-HeadKind = Literal["score", "attributes", "quantiles", "members", "quality_length", "steps"]
+HeadKind = Literal["score", "attributes", "quantiles", "members", "quality_length"]
 Metrics = dict[str, Tensor]
 
 
@@ -79,6 +79,11 @@ TENSORS: dict[str, TensorFacts] = {
     "token_weights": TensorFacts(("S",), torch.float32, "given weight of each scored token"),
     "turns": TensorFacts(("S",), torch.long, "which of the assistant's turns in its completion, from 0"),
     "steps": TensorFacts(("S",), torch.long, "which step of its completion a scored token is of, from 0"),
+    "step_scores": TensorFacts(("U",), torch.float32, "log-odds that a step is right, by the reward model"),
+    "step_owner": TensorFacts(("U",), torch.long, "which completion a step belongs to"),
+    "step_labels": TensorFacts(
+        ("U",), torch.float32, "probability that the step is right, NaN where there is no label"
+    ),
     "shared_tokens": TensorFacts(
         ("M",), torch.long, "how many scored tokens both completions of the pair begin with"
     ),
@@ -101,16 +106,18 @@ TENSORS: dict[str, TensorFacts] = {
     ),
     "running": TensorFacts(("R",), torch.float32, "figures that the objective carries from step to step"),
 }
-UNIT_LETTER: dict[str, str] = {"pair": "M", "completion": "N", "token": "S"}
+UNIT_LETTER: dict[str, str] = {"pair": "M", "completion": "N", "token": "S", "step": "U"}
 DEFAULT_REDUCTION: dict[str, str] = {
     "pair": "pair_mean",
     "completion": "completion_mean",
     "token": "token_mean",
+    "step": "step_mean",
 }
 UNIT_REDUCTIONS: dict[str, tuple[str, ...]] = {
     "pair": ("pair_mean",),
     "completion": ("completion_mean",),
     "token": ("token_mean", "sequence_mean", "sequence_sum"),
+    "step": ("step_mean", "step_sequence_mean"),
 }
 
 
@@ -181,8 +188,7 @@ def objective(
     rises_at_start: why the loss, by its definition, may rise at the start of a run when the better completion
     gets likelier, although it falls far from there; empty for all losses that go down from the first step.
     head: of a reward objective, what the outputs of the model's head are: one score; the attributes of the data; the
-    quantiles of a score (hyperparameter levels); members of an ensemble (hyperparameter members); quality and length;
-    one logit per step.
+    quantiles of a score (hyperparameter levels); members of an ensemble (hyperparameter members); quality and length.
     Raises ObjectiveError if the signature breaks the rules of the module docstring.
     """
 

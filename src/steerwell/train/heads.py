@@ -45,7 +45,7 @@ def _outputs(kind: str, term: Term, groups: Sequence[CompletionGroup]) -> tuple[
         return tuple(f"q{level:g}" for level in term.hyper["levels"])
     if kind == "members":
         return tuple(f"member{i + 1}" for i in range(int(term.hyper["members"])))
-    return {"quality_length": ("quality", "length"), "steps": ("step",)}[kind]
+    return {"quality_length": ("quality", "length")}[kind]
 
 
 def fitted_head(model: RewardModel, asked: AskedHead) -> RewardModel:
@@ -56,11 +56,6 @@ def fitted_head(model: RewardModel, asked: AskedHead) -> RewardModel:
     """
     recipe = model.recipe
     if asked.kind == "score":
-        if recipe.head == "steps":
-            raise InputError(
-                "this reward model scores steps, and the objective learns one score",
-                mend="Start from a policy, or train on with process_reward.",
-            )
         model = model.with_gate() if recipe.head == "attributes" and recipe.weights is None else model
     elif (recipe.head, recipe.outputs) != (asked.kind, asked.outputs):
         raise InputError(

@@ -13,13 +13,14 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from steerwell.data.errors import InputError
 from steerwell.data.messages import digest
+from steerwell.data.steps import SEPARATOR, check_steps, with_steps
 from steerwell.data.types import CompletionGroup
 from steerwell.models.batch import Layout, n_tokens
 from steerwell.models.render import (
@@ -33,6 +34,9 @@ from steerwell.models.render import (
 from steerwell.objectives import advantages as advantage_table
 from steerwell.train import targets
 from steerwell.train.terms import Term, demonstrations, needed, prune
+
+if TYPE_CHECKING:
+    from steerwell.models.reward_model import RewardModel
 
 TOKENIZE_AT_ONCE = 256
 OLD_NAMES = frozenset({"old_per_token_logps", "old_logps"})
@@ -80,22 +84,30 @@ def prepare(
     *,
     into: Any = None,
     context: int | None = None,
+    step_separator: str = SEPARATOR,
+    reader: RewardModel | None = None,
 ) -> Prepared:
     """Tokenise what the terms read, a slice of the groups at a time; each group is asked for once. A group that
-    ``max_length`` leaves nothing of to score is left out and counted.
+    ``max_length`` leaves nothing of to score is left out and counted. Completions without ``steps`` are cut by
+    ``step_separator``, where steps are asked for.
 
+    ``reader`` is a reward model that makes tokens in its own way (an encoder's pairs) and cuts them itself.
     The items go ``into`` what is given (an :class:`~steerwell.train.item_file.ItemFile`), else into a list.
     Raises :class:`InputError` when more than half of the groups cannot be used, for a pair of equal token
     sequences, for templates or completions that :func:`tokenize_groups` refuses, and for a sequence of more than
     ``context`` tokens (None: there is no limit).
     """
     items = [] if into is None else into
-    account = _Account(max_length)
+    account = _Account(max_length if reader is None else reader.limit(max_length), reader is not None)
     too_long: InputError | None = None
     first: tuple[CompletionGroup, InputError] | None = None
     refused = done = 0
+    stepwise = "steps" in needed(terms)
     for part in _kept(groups, terms, account):
-        for group, tokens in zip(part, tokenize_groups(tokenizer, part), strict=True):
+        if stepwise:
+            part = [_cut(group, step_separator) for group in part]
+        read = tokenize_groups(tokenizer, part) if reader is None else reader.tokenize(part, max_length)
+        for group, tokens in zip(part, read, strict=True):
             if max_length is not None and not truncate(tokens, max_length):
                 error = no_room(tokens, max_length)
                 account.leave_out(f"the prompt leaves no room in max_length={max_length}")
@@ -103,7 +115,7 @@ def prepare(
                 error = _nothing_scored(tokens)
                 account.leave_out("a completion has no token to score")
             else:
-                item = _item(group, tokens, terms, layout)
+                item = _item(group, tokens, terms, layout, tokenizer)
                 too_long = too_long or _longer(item, context)
                 account.count(item)
                 items.append(item)
@@ -140,6 +152,16 @@ def _kept(
         yield part
 
 
+def _cut(group: CompletionGroup, separator: str) -> CompletionGroup:
+    """The group with steps for all completions; raises :class:`InputError` where they or their labels do not fit."""
+    try:
+        cut = with_steps(group, separator)
+        check_steps(cut)
+    except InputError as error:
+        raise about(group, error) from error
+    return cut
+
+
 def _nothing_scored(tokens: TokenizedGroup) -> InputError:
     cut = "after it was cut to max_length " if any(tokens.truncated) else ""
     return InputError(
@@ -153,6 +175,7 @@ class _Account:
     """What becomes of the data, counted as it is read."""
 
     max_length: int | None
+    encoder: bool = False  # they are cut so that the closing token stays, and prompts at their beginning
     untargeted: int = 0  # groups with no target that the objective takes
     groups: int = 0
     completions: int = 0
@@ -160,6 +183,7 @@ class _Account:
     tokens: int = 0
     scored: int = 0
     cut: int = 0
+    cut_prompts: int = 0
     reasons: Counter[str] = field(default_factory=Counter)
 
     def leave_out(self, why: str) -> None:
@@ -174,6 +198,7 @@ class _Account:
         self.tokens += item.size
         self.scored += sum(item.lengths)
         self.cut += sum(item.tokens.truncated)
+        self.cut_prompts += item.tokens.cut_prompts
 
     def about(self) -> dict[str, Any]:
         """The counts for ``run.json``; ``notes`` are sentences about what was left out or cut."""
@@ -184,10 +209,17 @@ class _Account:
         notes = [f"left out {n:,} of {total:,} groups: {why}" for why, n in reasons.items()]
         if self.cut:
             most = "; most completions end nowhere, and a policy may not learn to stop"
+            lost = f"their end token{most if 2 * self.cut > self.completions else ''}"
             notes.append(
                 f"cut {self.cut:,} of {self.completions:,} completions ({share:.1%}) to max_length="
-                f"{self.max_length}: they have lost their end token{most if 2 * self.cut > self.completions else ''}"
+                f"{self.max_length}: they have lost {'their end' if self.encoder else lost}"
             )
+        if self.cut_prompts:
+            notes.append(
+                f"{self.cut_prompts:,} of {self.completions:,} completions are read after a prompt that has lost its "
+                f"beginning to max_length={self.max_length}"
+            )
+        prompts = {"truncated_prompts": self.cut_prompts} if self.encoder else {}
         return {
             "groups": self.groups,
             "groups_left_out": left_out,
@@ -198,11 +230,14 @@ class _Account:
             "scored_tokens": self.scored,
             "truncated_completions": self.cut,
             "truncated_share": share,
+            **prompts,
             "notes": notes,
         }
 
 
-def _item(group: CompletionGroup, tokens: TokenizedGroup, terms: Seq[Term], layout: Layout) -> Item:
+def _item(
+    group: CompletionGroup, tokens: TokenizedGroup, terms: Seq[Term], layout: Layout, tokenizer: Any
+) -> Item:
     names = needed(terms)
     if any(term.kind == "reward" for term in terms):
         names -= {"scores"}  # the model's own
@@ -235,7 +270,7 @@ def _item(group: CompletionGroup, tokens: TokenizedGroup, terms: Seq[Term], layo
         demonstrations=demonstrations(group) if "demonstrations" in names else [],
         old_per_token_logps=old,
         finished=[completion.finished for completion in group.completions],
-        extra=targets.made(names, group, tokens),
+        extra=targets.made(names, group, tokens, tokenizer),
     )
 
 
@@ -253,8 +288,12 @@ def set_advantages(items: Seq[Item], name: str) -> None:
         item.advantages = [next(values) for _ in item.rewards]
 
 
-def gather(items: Seq[Item], names: set[str], device: torch.device) -> dict[str, Tensor]:
-    """Targets of several items as tensors: ``lengths``, ``group`` and those of ``names`` that items hold."""
+def gather(
+    items: Seq[Item], names: set[str], device: torch.device, logps: torch.dtype = torch.float32
+) -> dict[str, Tensor]:
+    """Targets of several items as tensors: ``lengths``, ``group`` and those of ``names`` that items hold; recorded
+    log-probs in the type ``logps``.
+    """
     out: dict[str, Tensor] = {
         "lengths": _floats((n for item in items for n in item.lengths), device),
         "group": torch.tensor([g for g, item in enumerate(items) for _ in item.lengths], device=device),
@@ -277,9 +316,13 @@ def gather(items: Seq[Item], names: set[str], device: torch.device) -> dict[str,
     for name in {name for name in names for item in items if name in item.extra}:
         values = (x for item in items for x in item.extra[name])
         out[name] = targets.tensor(name, values, device, len(out["lengths"]))
+    if "step_owner" in out:
+        counts = torch.tensor([len(item.extra["step_owner"]) for item in items], device=device)
+        before = torch.tensor([0, *(len(item.lengths) for item in items)], device=device).cumsum(0)[:-1]
+        out["step_owner"] = out["step_owner"] + before.repeat_interleave(counts)
     for name in names & {"ref_logps", "ref_per_token_logps", "old_per_token_logps"}:
         if items and all(getattr(item, name) for item in items):
-            out[name] = _floats((value for item in items for value in getattr(item, name)), device)
+            out[name] = _floats((value for item in items for value in getattr(item, name)), device, logps)
     return out
 
 
@@ -298,8 +341,8 @@ def items_digest(items: Iterable[Item]) -> str:
     return digest(state.hexdigest())
 
 
-def _floats(values: Any, device: torch.device) -> Tensor:
-    return torch.tensor(list(values), dtype=torch.float32, device=device)
+def _floats(values: Any, device: torch.device, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.tensor(list(values), dtype=dtype, device=device)
 
 
 def _refuse_equal_pairs(group: CompletionGroup, tokens: TokenizedGroup) -> None:

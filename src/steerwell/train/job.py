@@ -10,6 +10,7 @@ import torch
 from steerwell.data.errors import InputError
 from steerwell.data.types import CompletionGroup
 from steerwell.models.batch import Layout
+from steerwell.models.encoder import is_encoder
 from steerwell.train.census import tokenised
 from steerwell.train.config import Recipe, TrainConfig
 from steerwell.train.items import Prepared
@@ -93,6 +94,12 @@ def read(recipe: Recipe, kind: str, count: int) -> Job:
     if recipe.reference == "none" and needed(terms) & (REFERENCE_NAMES | LIVE_NAMES):
         raise InputError(
             f"{terms[0].name} needs a reference, and reference is none", mend='Say reference = "start".'
+        )
+    if is_encoder(config_of(recipe.model)):
+        raise InputError(
+            "plan knows decoders only, and this is an encoder",
+            file=recipe.model,
+            mend="Train a few steps of it: --set train.steps=3 shows its tokens per second.",
         )
     context = getattr(config_of(recipe.model).get_text_config(), "max_position_embeddings", None)
     tokenizer = tokenizer_of(recipe.model)

@@ -165,6 +165,11 @@ def _check(policy: Any, order: _Order, evaluated: bool) -> None:
         check_data(terms, order.groups)
     if evaluated:
         check_data(terms, order.eval_groups, "the evaluation data")
+    if order.config.calibrate and not any(group.pairs for group in order.eval_groups):
+        raise InputError(
+            "calibrate needs held-out pairs; no group of the evaluation data has one",
+            mend="Resolve the annotations first: steerwell.resolve.majority(groups).",
+        )
     if order.reference in (None, "none"):
         for term in terms:
             if (REFERENCE_NAMES | LIVE_NAMES) & set(term.tensors):
@@ -177,6 +182,9 @@ def _check(policy: Any, order: _Order, evaluated: bool) -> None:
         raise InputError(f"{terms[0].name} takes no reference", mend="Leave reference out.")
     if isinstance(policy, RewardModel) and "pooling" in order.config.model_fields_set:
         raise InputError("a reward model keeps its pooling", mend="Leave pooling out.")
+    if isinstance(policy, RewardModel) and policy.recipe.aggregate is not None:
+        for name in sorted({"aggregate", "step_separator"} & order.config.model_fields_set):
+            raise InputError(f"a process reward model keeps its {name}", mend=f"Leave {name} out.")
     if isinstance(policy, RewardModel) and terms[0].kind != "reward":
         raise InputError(f"{terms[0].name} trains a policy, and a reward model was given")
     if order.adapter is not None and not isinstance(policy, str | Path):
@@ -205,7 +213,7 @@ def _refuse_unused(
         name = next(t.name for t in terms if {"pairs", "labels", "demonstrations"} & set(t.tensors))
         raise InputError(
             f"{name} cannot learn from rollouts: they have scores only",
-            mend="Use grpo, rloo, reinforce or ppo_clip.",
+            mend="Use grpo, cispo, rloo, reinforce or ppo_clip.",
         )
     if config.eval_every is not None and not evaluated:
         raise InputError("eval_every is given without eval_data", mend="Give eval_data.")
@@ -213,19 +221,33 @@ def _refuse_unused(
         raise InputError("watch_every is given without watch", mend="Give watch=callable.")
     if "pooling" in given and terms[0].kind != "reward":
         raise InputError(f"pooling is not used by {terms[0].name}", mend="It is a setting of reward models.")
-    if config.train_only is not None and terms[0].kind != "reward":
+    for name in ("train_only", "normalise", "calibrate"):
+        if getattr(config, name) and terms[0].kind != "reward":
+            raise InputError(
+                f"{name} is not used by {terms[0].name}", mend="It is a setting of reward models."
+            )
+    if (config.normalise or config.calibrate) and "step_scores" in needed(terms):
         raise InputError(
-            f"train_only is not used by {terms[0].name}", mend="It is a setting of reward models."
+            f"normalise and calibrate are not used by {terms[0].name}",
+            mend="Say model.normalised(groups) when it is trained.",
         )
+    if config.calibrate and not evaluated:
+        raise InputError(
+            "calibrate is given without eval_data", mend="Give held-out pairs: never those of training."
+        )
+    for name, wanted in (("aggregate", "step_scores"), ("step_separator", "steps")):
+        if name in given and wanted not in needed(terms):
+            raise InputError(f"{name} is not used by {terms[0].name}", mend="It is for objectives of steps.")
 
 
 def _train(policy: Any, order: _Order, folder: RunDir, ranks: Ranks) -> Model:
     reward = order.terms[0].kind == "reward"
     owned = isinstance(policy, str | Path)
-    given: Model = ranks.together(lambda: load_model(policy, reward, order.adapter)) if owned else policy
+    head = asked_head(order.terms, order.groups) if reward else None
+    asked = order.adapter, order.config, head
+    given: Model = ranks.together(lambda: load_model(policy, reward, *asked)) if owned else policy
     config = completed(order.config, order.terms, given)
     start = start_digest(given)
-    head = asked_head(order.terms, order.groups) if reward else None
     data = _prepared(order, order.groups, given, config, ItemFile(folder.path))
     held_out = _prepared(order, order.eval_groups, given, config, [])
     if "kl" in needed(order.terms) and order.source is None:
@@ -385,6 +407,9 @@ def _prepared(
     """
     if not groups:
         return Prepared([], {})
+    own = given.recipe if isinstance(given, RewardModel) else None
+    separator = own.step_separator if own is not None and own.aggregate is not None else config.step_separator
+    reader = given if isinstance(given, RewardModel) and given.recipe.template == "pair" else None
     data = prepare(
         groups,
         order.terms,
@@ -394,13 +419,18 @@ def _prepared(
         order.progress,
         into=into,
         context=context_of(given.model),
+        step_separator=separator,
+        reader=reader,
     )
-    stops = given.stop_ids if isinstance(given, Policy) else stop_tokens(given.tokenizer)
-    ends = check_ends(data.items, given.tokenizer, stops, learns=order.terms[0].kind != "reward")
-    notes = [*data.about["notes"], *ends.pop("notes")]
+    notes, about = list(data.about["notes"]), dict(data.about)
+    if reader is None:  # an encoder's pairs end with no turn
+        stops = given.stop_ids if isinstance(given, Policy) else stop_tokens(given.tokenizer)
+        ends = check_ends(data.items, given.tokenizer, stops, learns=order.terms[0].kind != "reward")
+        notes += ends.pop("notes")
+        about["ends"] = ends
     if notes and order.progress is not None:
         order.progress("data", len(data.items), len(data.items), "; ".join(notes))
-    return Prepared(data.items, {**data.about, "ends": ends, "notes": notes})
+    return Prepared(data.items, {**about, "notes": notes})
 
 
 def context_of(model: Any) -> int | None:

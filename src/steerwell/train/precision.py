@@ -19,6 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from steerwell.models.encoder import output_weights
+
 #: A reward model's head: bfloat16 would round scores near 8 to multiples of 1/16.
 HEADS_IN_FLOAT32 = re.compile(r"(^|\.)score\.")
 
@@ -47,10 +49,11 @@ def cast(model: nn.Module, dtype: torch.dtype) -> None:
     architecture keeps in float32, and the head of a reward model.
     """
     strict = getattr(model, "_keep_in_fp32_modules_strict", None) or ()
+    fine = output_weights(model)
     for name, parameter in model.named_parameters():
         if not parameter.is_floating_point():
             continue
-        stays = HEADS_IN_FLOAT32.search(name) or any(part in name for part in strict)
+        stays = name in fine or HEADS_IN_FLOAT32.search(name) or any(part in name for part in strict)
         wanted = torch.promote_types(dtype, torch.float32) if stays else dtype
         if parameter.dtype != wanted:
             parameter.data = parameter.data.to(wanted)

@@ -42,6 +42,7 @@ PROVIDED = frozenset(
         "per_token_collision",
         "head_scores",
         "head_weights",
+        "step_scores",
         *TARGETS,
     }
 )
@@ -59,7 +60,7 @@ class Term:
     hyper: Mapping[str, Any]
     tensors: tuple[str, ...]  # required and optional ones, as far as the loop provides them
     kind: str  # policy | reward | policy_gradient
-    unit: str  # pair | completion | token
+    unit: str  # pair | completion | token | step
     reduction: str
     decomposable: bool
     advantages: str | None
@@ -158,8 +159,11 @@ def describe(terms: Sequence[Term]) -> dict[str, dict[str, Any]]:
 
 
 def needed(terms: Sequence[Term]) -> set[str]:
-    """The names of all tensors that the terms take."""
-    return {name for term in terms for name in term.tensors}
+    """The names of all tensors that the terms take. Scores of steps are read where steps end, and counted by whose
+    they are.
+    """
+    names = {name for term in terms for name in term.tensors}
+    return names | ({"steps", "step_owner"} if "step_scores" in names else set())
 
 
 def check_data(terms: Sequence[Term], groups: Sequence[CompletionGroup], what: str = "the data") -> None:
@@ -293,6 +297,8 @@ def prune(group: CompletionGroup, terms: Sequence[Term]) -> CompletionGroup | No
         labels=kept(group.labels),
         ranks=kept(group.ranks),
         token_weights=kept(group.token_weights),
+        steps=kept(group.steps),
+        step_labels=kept(group.step_labels),
     )
 
 

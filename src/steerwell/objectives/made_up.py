@@ -1,14 +1,17 @@
-"""Batches that are made up from the names of an objective's tensors, for the checks."""
+"""Batches made up from tensor names, for checks of objectives: prompts with four completions each.
+
+Completion 0 is good, 1 is bad, 2 lies between, and 3 is idle: no pair names it, it is no demonstration, and its steps
+have no label.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from steerwell.objectives.table import TENSORS, Objective, hyperparameters
+from steerwell.objectives.table import TENSORS
 
 PER_PROMPT = 4
 
@@ -74,14 +77,25 @@ def made_up(
         "shared_tokens": (lengths[pairs].amin(0) - 1).clamp(max=2),  # so that both have a token after them
         "pair_draws": torch.randint(0, 2**48, (3 * prompts,), generator=g),
     }
-    return {name: everything[name] for name in dict.fromkeys((*names, "lengths", "owner", "group"))}
+    always = ("lengths", "owner", "group")
+    if any(TENSORS[name].shape == ("U",) for name in names):
+        everything |= _made_up_steps(everything, quality, normal)
+        always = (*always, "step_owner")
+    return {name: everything[name] for name in dict.fromkeys((*names, *always))}
 
 
-def batch_for(objective: Objective, names: tuple[str, ...], hyper: Mapping[str, Any], **how: Any) -> Batch:
-    """:func:`made_up`, with as many outputs of the head as the objective asks of a reward model."""
-    values = {"levels": (), "members": 2, **hyperparameters(objective), **hyper}
-    heads = {"quantiles": len(values["levels"]), "members": values["members"]}.get(objective.head, 2)
-    return made_up(names, heads=heads, **how)
+def _made_up_steps(batch: Batch, quality: Tensor, normal: Callable[[int], Tensor]) -> Batch:
+    """Steps of two tokens: those of good completions are likely right; idle completions have no label, and neither
+    has a second step of the one between.
+    """
+    both = torch.stack([batch["owner"], batch["steps"]]).unique(
+        dim=1
+    )  # ascending by completion, then by step
+    owner, step = both
+    labels = 0.5 + 0.4 * quality.sign()[owner] + 0.05 * normal(len(owner)).tanh()
+    place = owner % PER_PROMPT
+    labels[(place == 3) | ((place == 2) & (step > 0))] = torch.nan
+    return {"step_owner": owner, "step_scores": quality[owner] + normal(len(owner)), "step_labels": labels}
 
 
 def _place_within(owner: Tensor, lengths: Tensor) -> Tensor:
@@ -92,23 +106,30 @@ def _place_within(owner: Tensor, lengths: Tensor) -> Tensor:
 def take(batch: Batch, index: Tensor) -> tuple[Batch, dict[str, Tensor]]:
     """The completions ``index`` in that order, with their tokens, and the pairs that lie within.
 
-    Also returns, by shape letter, the positions in ``batch`` that were taken ("N", "S", "M").
+    Also returns, by shape letter, the positions in ``batch`` that were taken ("N", "S", "M", "U").
     """
     n = len(batch["lengths"])
     place = torch.full((n,), -1)
     place[index] = torch.arange(len(index))
-    owned = [torch.nonzero(batch["owner"] == i).flatten() for i in index.tolist()]
-    tokens = torch.cat(owned) if owned else torch.zeros(0, dtype=torch.long)
+    tokens = _owned(batch["owner"], index)
+    steps = _owned(batch["step_owner"], index) if "step_owner" in batch else tokens[:0]
     pairs = place[batch["pairs"]] if "pairs" in batch else torch.zeros(2, 0, dtype=torch.long)
     inside = torch.nonzero((pairs >= 0).all(0)).flatten()
-    taken = {"N": index, "S": tokens, "M": inside}
+    taken = {"N": index, "S": tokens, "M": inside, "U": steps}
     out: Batch = {}
     for name, x in batch.items():
         shape = TENSORS[name].shape
         whole = not shape or shape[0] == "H"  # nothing of a completion's or a pair's
         out[name] = x if whole else pairs[:, inside] if name == "pairs" else x[taken[shape[0]]]
-    out["owner"] = place[out["owner"]]
+    for name in {"owner", "step_owner"} & out.keys():
+        out[name] = place[out[name]]
     return out, taken
 
 
-__all__ = ["PER_PROMPT", "Batch", "batch_for", "made_up", "take"]
+def _owned(owner: Tensor, index: Tensor) -> Tensor:
+    """Positions of what belongs to the completions ``index``, in their order."""
+    owned = [torch.nonzero(owner == i).flatten() for i in index.tolist()]
+    return torch.cat(owned) if owned else torch.zeros(0, dtype=torch.long)
+
+
+__all__ = ["PER_PROMPT", "Batch", "made_up", "take"]

@@ -5,8 +5,7 @@
 >>> "permutation" in check_objective(dpo, beta=0.5)
 True
 
-The batches are made up from the objective's tensor names: prompts with four completions each. Completion 0 is
-good, 1 is bad, 2 lies between, and 3 is idle: no pair names it and it is no demonstration.
+The batches are those of :mod:`steerwell.objectives.made_up`.
 """
 
 from __future__ import annotations
@@ -17,6 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from steerwell.objectives.made_up import PER_PROMPT, Batch, made_up, take
 from steerwell.objectives.reduce import reduce
 from steerwell.objectives.table import (
     TENSORS,
@@ -24,10 +24,10 @@ from steerwell.objectives.table import (
     Objective,
     ObjectiveError,
     get,
+    hyperparameters,
     needs,
     optional,
 )
-from steerwell.testing.batches import PER_PROMPT, Batch, batch_for, made_up, take
 
 FAR = 1e4
 APART = 100.0  # nats between two completions that are far apart, still within the exact range of every loss
@@ -54,7 +54,7 @@ def check_objective(fn: Callable[..., Any] | str, *, seed: int = 0, **hyper: Any
     permutation: the order of completions and of pairs does not matter.
     copies: a batch beside its own copy gives twice the sum, so nothing was divided by a batch size.
     microbatches: parts (whole prompts each) add up to the whole in value and gradient, if it is decomposable.
-    removal: completions that are masked or in no pair get no gradient and can be left out.
+    removal: completions that are masked, in no pair or without a labelled step get no gradient and can be left out.
     gradcheck: float64 gradients equal finite differences, unless the objective is declared a surrogate.
 
     ``fn`` is an objective or its name and ``hyper`` its hyperparameters. Raises AssertionError that lists
@@ -67,7 +67,9 @@ def check_objective(fn: Callable[..., Any] | str, *, seed: int = 0, **hyper: Any
     if unknown:
         raise ObjectiveError(f"check_objective cannot make up {unknown[0]!r}; it knows {', '.join(TENSORS)}")
     if not _learnt(objective, wanted):
-        raise ObjectiveError(f"{objective.__name__} takes none of logps, per_token_logps, scores to learn")
+        raise ObjectiveError(
+            f"{objective.__name__} takes none of logps, per_token_logps, scores, step_scores to learn"
+        )
     checks: dict[str, Callable[..., None]] = {
         "shape": _check_shape,
         "sign": _check_sign,
@@ -78,7 +80,7 @@ def check_objective(fn: Callable[..., Any] | str, *, seed: int = 0, **hyper: Any
     }
     if objective.decomposable:
         checks["microbatches"] = _check_microbatches
-    if objective.mask or "pairs" in wanted:
+    if objective.mask or {"pairs", "step_labels"} & set(wanted):
         checks["removal"] = _check_removal
     if not objective.surrogate:
         checks["gradcheck"] = _check_gradients
@@ -96,11 +98,25 @@ def check_objective(fn: Callable[..., Any] | str, *, seed: int = 0, **hyper: Any
     return tuple(checks)
 
 
+def batch_for(objective: Objective, names: tuple[str, ...], hyper: Mapping[str, Any], **how: Any) -> Batch:
+    """:func:`made_up`, with as many outputs of the head as the objective asks of a reward model."""
+    values = {"levels": (), "members": 2, **hyperparameters(objective), **hyper}
+    heads = {"quantiles": len(values["levels"]), "members": values["members"]}.get(objective.head, 2)
+    return made_up(names, heads=heads, **how)
+
+
+def _of_units(batch: Batch, name: str) -> Tensor:
+    """Which completion each entry of a tensor belongs to."""
+    owners = {"S": "owner", "U": "step_owner"}
+    letter = TENSORS[name].shape[0]
+    return batch[owners[letter]] if letter in owners else torch.arange(len(batch["lengths"]))
+
+
 def _learnt(objective: Objective, names: tuple[str, ...]) -> tuple[str, ...]:
     return tuple(
         name
         for name in (
-            ("scores", "head_scores", "head_weights")
+            ("scores", "head_scores", "head_weights", "step_scores")
             if objective.kind == "reward"
             else ("logps", "per_token_logps", "per_token_kl")
         )
@@ -135,6 +151,8 @@ def _counted(objective: Objective, batch: Batch) -> Tensor:
     """Positions of the units that the losses stand for, in the objective's unit."""
     if objective.unit == "pair":
         return torch.arange(batch["pairs"].shape[1])
+    if objective.unit == "step":
+        return torch.nonzero(~batch["step_labels"].isnan()).flatten()
     within = torch.ones(len(batch["lengths"]), dtype=torch.bool)
     if objective.mask:
         within = batch[objective.mask]
@@ -172,6 +190,8 @@ def _check_sign(objective: Objective, names: tuple[str, ...], hyper: Mapping[str
         batch["scores"] = torch.zeros_like(batch["scores"])
     if "pair_strengths" in batch:  # ties have no better completion
         batch["pair_strengths"] = batch["pair_strengths"].clamp(min=1)
+    if "step_labels" in batch:
+        batch["step_labels"] = batch["step_labels"].round()
     if objective.rises_at_start:
         _check_far_apart(objective, names, batch, hyper)
         return
@@ -179,14 +199,13 @@ def _check_sign(objective: Objective, names: tuple[str, ...], hyper: Mapping[str
     for name, gradient in _evaluate(objective, names, batch, hyper).gradients.items():
         if name in ("per_token_kl", "head_weights"):  # what holds the model itself prefers no completion
             continue
-        by_token = TENSORS[name].shape == ("S",)
         own = gradient.flatten(1).sum(1) if gradient.dim() > 1 else gradient
-        slope.index_add_(0, batch["owner"] if by_token else torch.arange(n), own)
+        slope.index_add_(0, _of_units(batch, name), own)
     if not slope.any() and _learnt(objective, names) == ("head_weights",):
         return
     good, bad = slope[0::2], slope[1::2]
     assert (good - bad < 0).all(), f"the loss rises towards the better completion: slopes {good - bad}"
-    if "pairs" not in names and {"labels", "advantages", "demonstrations"} & set(names):
+    if "pairs" not in names and {"labels", "advantages", "demonstrations", "step_labels"} & set(names):
         assert (good <= 0).all(), f"the loss rises when a good completion gets likelier: slopes {good}"
         assert (bad >= 0).all(), f"the loss falls when a bad completion gets likelier: slopes {bad}"
 
@@ -222,7 +241,10 @@ def _check_extremes(
             coin = torch.rand(x.shape, generator=g) < 0.5
             if name.endswith("logps"):
                 batch[name] = torch.where(coin, -FAR, 0.0).float()
-            elif name in ("scores", "head_scores", "head_weights") and objective.kind == "reward":
+            elif (
+                name in ("scores", "head_scores", "head_weights", "step_scores")
+                and objective.kind == "reward"
+            ):
                 batch[name] = torch.where(coin, -FAR, FAR).float()
             elif name == "kl":
                 batch[name] = torch.tensor([FAR, -FAR, 0.0][turn])
@@ -242,6 +264,8 @@ def _check_empty(objective: Objective, names: tuple[str, ...], hyper: Mapping[st
     batches = [nothing]
     if objective.mask:
         batches.append({**batch, objective.mask: torch.zeros_like(batch[objective.mask])})
+    if "step_labels" in batch:
+        batches.append({**batch, "step_labels": torch.full_like(batch["step_labels"], torch.nan)})
     if objective.unit == "pair":
         batches.append({name: x[..., :0] if name in PAIRED else x for name, x in batch.items()})
     for empty in batches:
@@ -281,7 +305,7 @@ def _check_copies(objective: Objective, names: tuple[str, ...], hyper: Mapping[s
     n = len(batch["lengths"])
     double: Batch = {}
     for name, x in batch.items():
-        shift = n if name in ("pairs", "owner", "group") else 0
+        shift = n if name in ("pairs", "owner", "step_owner", "group") else 0
         double[name] = (
             torch.cat([x, x + shift if shift else x], dim=1 if name == "pairs" else 0)
             if TENSORS[name].shape and name != "head_weights"
@@ -301,7 +325,8 @@ def _check_microbatches(
         given = {name: part[name].clone() for name in names}
         learnt = {name: given[name].requires_grad_() for name in _learnt(objective, names)}
         losses, _ = objective(**given, **hyper)
-        owner = part["owner"][_counted(objective, part)] if objective.unit == "token" else None
+        of = {"token": "owner", "step": "step_owner"}.get(objective.unit)
+        owner = part[of][_counted(objective, part)] if of else None
         value = reduce(losses, objective.reduction, owner=owner, denominator=7.0)
         gradients = torch.autograd.grad(value, list(learnt.values()))
         return value.detach(), dict(zip(learnt, gradients, strict=True))
@@ -326,13 +351,15 @@ def _check_removal(objective: Objective, names: tuple[str, ...], hyper: Mapping[
     idle = torch.ones(len(batch["lengths"]), dtype=torch.bool)
     if "pairs" in names:
         idle[batch["pairs"].flatten()] = False
+    if "step_labels" in names:
+        idle[batch["step_owner"][~batch["step_labels"].isnan()]] = False
     if objective.mask:
         idle &= ~batch[objective.mask]
     outcome = _evaluate(objective, names, batch, hyper)
     for name, gradient in outcome.gradients.items():
         if name == "head_weights":
             continue
-        masked = idle if TENSORS[name].shape[0] == "N" else idle[batch["owner"]]
+        masked = idle[_of_units(batch, name)]
         assert not gradient[masked].any(), f"{name} of completions that do not count gets a gradient"
     fewer, _ = take(batch, torch.nonzero(~idle).flatten())
     _close(
