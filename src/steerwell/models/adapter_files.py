@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoModelForSequenceClassification, PreTrainedTokenizerBase
 
 from steerwell.data.errors import InputError
 from steerwell.models.adapters import is_quantised
@@ -160,17 +160,4 @@ def read_adapter(model: Any, folder: Path, name: str = "default") -> tuple[Any, 
     return wrapped.eval(), score.weight
 
 
-def read_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
-    """The tokenizer beside an adapter."""
-    try:
-        with quiet():
-            return AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False, local_files_only=True)
-    except (OSError, ValueError, KeyError) as error:
-        raise InputError(
-            "no tokenizer could be loaded",
-            file=folder,
-            mend="Put tokenizer.json and tokenizer_config.json of the base beside the adapter.",
-        ) from error
-
-
-__all__ = ["base_of", "is_adapter", "load_base", "read_adapter", "read_tokenizer", "write_adapter"]
+__all__ = ["base_of", "is_adapter", "load_base", "read_adapter", "write_adapter"]

@@ -10,12 +10,12 @@ import torch
 from transformers import AutoModelForSequenceClassification
 
 from steerwell.data.errors import InputError
-from steerwell.models.adapter_files import base_of, is_adapter, load_base, read_adapter, read_tokenizer
+from steerwell.models.adapter_files import base_of, is_adapter, load_base, read_adapter
 from steerwell.models.adapters import AdapterKind, add_adapter, asked_adapter
 from steerwell.models.classifier import check_classifier
 from steerwell.models.directory import read_json
 from steerwell.models.encoder import train_what_is_read
-from steerwell.models.load import encoder_config, load_parts, name_of
+from steerwell.models.load import encoder_config, how_to_read, load_parts, name_of, read_tokenizer
 from steerwell.models.load_encoder import load_encoder
 from steerwell.models.reward_head import load_gate
 from steerwell.models.reward_model import RewardModel
@@ -100,7 +100,7 @@ def _over_base(
     name: str,
 ) -> RewardModel:
     recipe = recipe_beside(folder)
-    tokenizer = read_tokenizer(folder)
+    tokenizer = read_tokenizer(str(folder), folder, how_to_read(str(folder)))
     check_tokenizer(recipe, tokenizer, folder)
     model, _ = read_adapter(load_base(base, len(recipe.outputs), device, dtype), folder)
     return RewardModel(model, tokenizer, recipe, name, str(folder), base)
