@@ -53,7 +53,8 @@ class Case(NamedTuple):
     note: str = ""
     data: str = "ragged"
     batch_size: int = BATCH
-    targets: str = "dpo"  # pairs; kto: labels; sft: the chosen completion alone; reward: pairs; grpo: scores
+    # dpo: pairs; kto: labels; sft: the chosen completion alone; reward: pairs; strengths: graded ones; grpo: scores
+    targets: str = "dpo"
     every: int = 1  # which losses are compared: each, or each second one
 
 
@@ -342,6 +343,15 @@ CASES = (
         {"center_rewards_coefficient": 0.01},
         targets="reward",
     ),
+    Case(
+        "bradley_terry, margin by strength",
+        "bradley_terry",
+        {"margin": 0.5},
+        "reward",
+        {},
+        "TRL takes the margin itself from a column: margin times strength here",
+        targets="strengths",
+    ),
 )
 
 BY_DESIGN = {
@@ -366,8 +376,6 @@ BY_DESIGN = {
     "router_aux_loss_coef": "our loop adds no loss of the router",
 }
 NOT_COMPARED = {
-    "bradley_terry with a margin by pair": "RewardTrainer takes a column of margins; to be added as a case when our "
-    "bradley_terry takes them",
     "process reward models": "TRL 1.16 has no PRMTrainer any more",
     "online DPO": "ours is sample, judge, train on pairs",
 }

@@ -167,8 +167,9 @@ def run(task, case, folder):
         data = dataset(kind if kind in ("reward", "sft") else "dpo", rows)
     if kind == "tpo":
         data = data.add_column("reference", data["chosen"])
-    if "margins" in case:
-        data = data.add_column("margin", case["margins"])
+    if case["targets"] == "strengths":
+        factor = case["hyper"]["margin"]
+        data = data.add_column("margin", [factor * (1.0 + chosen[0] % 3) for _, chosen, _ in rows])
     make = (
         transformers.AutoModelForSequenceClassification
         if kind == "reward"
