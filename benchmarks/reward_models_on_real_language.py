@@ -32,12 +32,12 @@ from typing import Any
 
 import numpy as np
 from scipy.optimize import minimize_scalar
-from scipy.special import betaln, gammaln
-from scipy.stats import beta, binom
 
 import steerwell as sw
 from steerwell.data.messages import Message
 from steerwell.data.types import Completion, CompletionGroup, Pair
+from steerwell.evals.held_out_pairs import HeldOutPair
+from steerwell.evals.noise_ceiling import noise_ceiling
 from steerwell.evals.stats import proportion
 
 RESULT = Path(__file__).parent / "results" / "reward_models_on_real_language.json"
@@ -193,32 +193,17 @@ def calibrated(found: Measured) -> np.ndarray:
     return out
 
 
-def noise_ceiling(first: np.ndarray, votes: np.ndarray) -> dict[str, float]:
-    """What a predictor could reach that knew of each pair which side most people prefer.
-
-    ``first`` of ``votes`` decisive votes (M,) are for the first of the pair. The share p of people for the first is
-    taken to be Beta(a, a) over the pairs, a fitted by the likelihood of the counts (beta-binomial). Against one more
-    vote the predictor is right with E[max(p, 1-p)]; against the majority of n votes, where they have one, with the mean
-    over the pairs of E[P(more than n/2 of n for the better side)] / E[P(no draw)].
+def ceiling(votes: Sequence[tuple[int, int]], prompts: Sequence[str]) -> dict[str, Any]:
+    """What a model could reach that knew of each pair which side most people prefer: see
+    :mod:`steerwell.evals.noise_ceiling`. ``votes`` are the decisive ones for the two sides.
     """
-    known = votes > 0
-    k, n = first[known], votes[known]
-
-    def loss(x: float) -> float:
-        a = math.exp(x)
-        log_choose = gammaln(n + 1) - gammaln(k + 1) - gammaln(n - k + 1)
-        return -float(np.sum(log_choose + betaln(k + a, n - k + a) - betaln(a, a)))
-
-    a = math.exp(minimize_scalar(loss, bounds=(-5, 5), method="bounded").x)
-    quantiles = beta.ppf((np.arange(4000) + 0.5) / 4000, a, a)
-    better = np.maximum(quantiles, 1 - quantiles)
-    agreed: dict[int, float] = {}
-    for size in np.unique(n):
-        wins, draw = binom.sf(size / 2, size, better), binom.pmf(size / 2, size, better) * (size % 2 == 0)
-        agreed[int(size)] = float(wins.mean() / (1 - draw).mean())
-    decided = n[2 * k != n]
-    majority = float(np.mean([agreed[int(size)] for size in decided]))
-    return {"beta": a, "single_vote": float(better.mean()), "majority": majority}
+    pairs = [
+        HeldOutPair(str(i), prompt, max(a, b) / (a + b), None, (0, 0), (max(a, b), min(a, b)))
+        for i, ((a, b), prompt) in enumerate(zip(votes, prompts, strict=True))
+    ]
+    found = noise_ceiling(pairs)
+    parts = {"agreement": found.agreement, "single_vote": found.single, "majority": found.labels}
+    return {**{name: part.to_dict() for name, part in parts.items()}, "bounds_single_vote": found.bounds}
 
 
 def report(found: Measured) -> dict[str, Any]:
@@ -345,8 +330,8 @@ def try_ukp(encoder: str, folder: Path, work: Path, limit: int | None) -> dict[s
             **report(measured(groups, scores, ordered, folds, [str(i) for i in range(len(groups))])),
             "cpu_seconds": spent(place),
         }
-    ayes, n = (np.array(x) for x in zip(*((v["a1"], v["a1"] + v["a2"]) for v in count.values()), strict=True))
-    return {**out, "noise_ceiling": noise_ceiling(ayes, n)}
+    said = [(v["a1"], v["a2"]) for v in count.values()]
+    return {**out, "noise_ceiling": ceiling(said, [str(topic) for topic, _, _ in count])}
 
 
 def spent(work: Path) -> float:

@@ -21,7 +21,8 @@ import torch
 from torch import Tensor
 
 from steerwell.evals.charts import Series, line_chart
-from steerwell.objectives import TABLE, TENSORS, Objective, hyperparameters, needs, optional
+from steerwell.objectives import MIXTURES, TABLE, TENSORS, Objective, hyperparameters, needs, optional
+from steerwell.objectives.mixtures import written
 from steerwell.objectives.table import docstring_parts
 
 HERE = Path(__file__).resolve().parent
@@ -54,12 +55,27 @@ reference's values (completions of ten tokens, 4 nats each under the reference, 
 axis says otherwise; scores of 1 and 0 where scores are taken). Right: the push that training gives, which is minus
 the derivative of the loss by the log-probability of the chosen and of the rejected completion: above 0 training makes
 it likelier. Where a completion stands by itself, the axis is its own log-ratio; for reward models it is the difference
-of the two scores. An objective that ties the pairs of a batch together has no such curve and no picture.
+of the two scores. Of objectives for whole groups the group has two completions, and the loss is the sum of theirs.
+Where an objective looks inside a completion, all its tokens share the change, have the weight 1 and lie in one step,
+in two turns of the same length. An objective that ties the pairs of a batch together has no such curve and no picture.
 """
+MIXED = """\
+## Mixtures
+
+Weighted sums that have a name of their own. The name is a value of `objective` in a recipe, and `losses` writes it out
+with weights of your own; `steerwell explain` prints these too.
+
+| name | what it is |
+|---|---|"""
 DATA = {
     "pairs": "pairs",
+    "pair_strengths": "strengths of pairs",
     "labels": "labels",
+    "attributes": "scores by attribute",
+    "step_labels": "labels of steps",
     "ranks": "rankings",
+    "token_weights": "token weights",
+    "steps": "steps",
     "rewards": "rewards",
     "demonstrations": "demonstrations",
     "advantages": "samples with rewards",
@@ -68,19 +84,27 @@ POINTS = 61
 
 
 class Scene(NamedTuple):
-    """How far the margin is varied to either side, in nats, and hyperparameters other than the defaults."""
+    """How far the margin is varied to either side, in nats, hyperparameters other than the defaults, and the figures
+    that the objective carries from step to step.
+    """
 
     span: float = 60.0
     hyper: Mapping[str, Any] = {}
+    running: tuple[float, ...] = ()
 
 
 # Where the defaults would show one flat or steep piece only.
 SCENES = {
+    "alpha_dpo": Scene(running=(0.0, 2.0)),
+    "bco": Scene(running=(0.0, 0.0)),
     "cal_dpo": Scene(hyper={"beta": 0.02}),
     "chi_po": Scene(span=10.0),
+    "cispo": Scene(span=3.0),
     "discopop": Scene(span=15.0),
     "dpop": Scene(hyper={"lam": 5.0}),
     "f_dpo": Scene(hyper={"divergence": "js"}),
+    "info_nca": Scene(span=600.0),
+    "nca": Scene(span=600.0),
     "nca_pair": Scene(span=600.0),
     "rebel": Scene(span=6.0),
     "sppo": Scene(hyper={"eta": 50.0}),
@@ -137,6 +161,9 @@ def page(drawn: set[str]) -> str:
         lines.append("")
         for name, fn in of_kind.items():
             lines += [*section(name, fn, name in drawn), ""]
+    lines += [MIXED, *(f"| [{name}](#{name}) | {mixed.says} |" for name, mixed in MIXTURES.items()), ""]
+    for name in MIXTURES:
+        lines += [*mixture_section(name), ""]
     return "\n".join(lines).rstrip() + "\n"
 
 
@@ -174,21 +201,14 @@ def section(name: str, fn: Objective, drawn: bool) -> Iterator[str]:
     if drawn:
         yield f"![{alt(name)}](objectives/{name}.svg)"
         yield ""
-        if changed := SCENES.get(name, Scene()).hyper:
-            yield f"Pictured at {settings(changed)}."
+        if changed := pictured_at(name):
+            yield f"Pictured at {changed}."
             yield ""
-    yield from ("Needs:", "")
-    for tensor in positional(fn):
-        facts = TENSORS[tensor]
-        shape = f" ({', '.join(facts.shape)})" if facts.shape else ""
-        when = f"; only if {fn.only_if[tensor]} is not 0" if tensor in fn.only_if else ""
-        when = when or ("; used when the data have it" if tensor in optional(fn) else "")
-        yield f"- `{tensor}`{shape}: {facts.meaning}{when}"
-    yield ""
-    if known := hyperparameters(fn):
+    yield from ("Needs:", "", *(f"- {needed(fn, tensor)}" for tensor in positional(fn)), "")
+    if settable := hyperparameters(fn):
         meanings = dict(entries(parts["Hyperparameters"]))
         yield from ("Hyperparameters:", "")
-        yield from (f"- `{key} = {default!r}`: {meanings[key]}" for key, default in known.items())
+        yield from (f"- `{key} = {default!r}`: {meanings[key]}" for key, default in settable.items())
         yield ""
     alone = "" if fn.decomposable else " It ties the completions of a step together."
     yield f"Gives {' '.join(parts['Returns'].split()).rstrip('.')}. Reduction: `{fn.reduction}`.{alone}"
@@ -198,6 +218,27 @@ def section(name: str, fn: Objective, drawn: bool) -> Iterator[str]:
     rises = f"The loss may rise at the start: {fn.rises_at_start}." if fn.rises_at_start else ""
     if noted := f"{rises} {linked(fn.notes)}".strip():
         yield from ("", f"Notes: {noted}")
+
+
+def needed(fn: Objective, tensor: str) -> str:
+    """A tensor's shape, its meaning and when it is needed."""
+    facts = TENSORS.get(tensor)
+    shape = f" ({', '.join(facts.shape)})" if facts and facts.shape else ""
+    when = f"; only if {fn.only_if[tensor]} is not 0" if tensor in fn.only_if else ""
+    when = when or ("; used when the data have it" if tensor in optional(fn) else "")
+    when = "; the loop carries them" if tensor == "running" else when
+    return f"`{tensor}`{shape}: {facts.meaning if facts else 'a tensor of its own'}{when}"
+
+
+def mixture_section(name: str) -> Iterator[str]:
+    """The lines of one mixture."""
+    mixture = MIXTURES[name]
+    yield f"### {name}"
+    yield f"{mixture.says} {linked(f'Source: {mixture.source}.')}"
+    yield ""
+    for objective, weight, given in mixture.terms:
+        yield f"- {weight:g} × [{objective}](#{objective})" + (f", {settings(given)}" if given else "")
+    yield from ("", "```toml", written(name), "```", "", mixture.notes)
 
 
 def entries(text: str) -> list[tuple[str, str]]:
@@ -226,6 +267,13 @@ def settings(hyper: Mapping[str, Any]) -> str:
     return ", ".join(f"{key} = {value!r}" for key, value in hyper.items() if value is not None)
 
 
+def pictured_at(name: str) -> str:
+    """What the picture of an objective has other than the defaults."""
+    scene = SCENES.get(name, Scene())
+    figures = ", ".join(f"{figure:g}" for figure in scene.running)
+    return ", ".join(filter(None, (settings(scene.hyper), f"running = ({figures})" if figures else "")))
+
+
 def alt(name: str) -> str:
     return f"{name}: loss and push against the margin"
 
@@ -235,12 +283,16 @@ def picture(fn: Objective) -> str | None:
     """The SVG with loss and push side by side, or None where one margin says nothing."""
     name, scene = fn.__name__, SCENES.get(fn.__name__, Scene())
     wanted = set(needs(fn, scene.hyper))
+    alone = fn.decomposable or bool(scene.running) or "kl" in wanted  # or is so, once those figures are given
+    if not alone or not wanted <= known(fn):
+        return None
     if fn.kind == "policy_gradient":
         if "old_per_token_logps" not in wanted:
             return None
         x_label = "log-ratio to the sampling policy in nats"
-        curves = single(fn, scene, reach=1.0, tokens=1, names=("A = 1", "A = −1"), x_label=x_label)
-    elif "pairs" in wanted and fn.decomposable:
+        reach = scene.span if name in SCENES else 1.0
+        curves = single(fn, scene, reach=reach, tokens=1, names=("A = 1", "A = −1"), x_label=x_label)
+    elif wanted & {"pairs", "group"}:
         curves = paired(fn, scene)
     elif "labels" in wanted:
         x_label, names = "log-ratio to the reference in nats", ("desirable", "undesirable")
@@ -256,6 +308,12 @@ def picture(fn: Objective) -> str | None:
     )
 
 
+def known(fn: Objective) -> set[str]:
+    """The tensors that can be made up for a picture. A tensor that is not among them costs the picture only."""
+    two = torch.zeros(2, dtype=torch.float64)
+    return set(batch_of(two, two, tokens=1, good=two == 0, reward=fn.kind == "reward"))
+
+
 Curves = tuple[list[Series], list[Series], str]
 
 
@@ -269,6 +327,8 @@ def paired(fn: Objective, scene: Scene) -> Curves:
     values = level_of_all + torch.stack([margin / 2, -margin / 2])
     good = torch.arange(2 * POINTS) < POINTS
     losses, push = called(fn, scene, values.flatten(), level_of_all.flatten(), tokens=span / 6, good=good)
+    if fn.unit == "completion":  # the loss of a group of two
+        losses = losses.reshape(2, POINTS).sum(0)
     x = margin.tolist()
     chosen, rejected = push.reshape(2, POINTS).tolist()
     return (
@@ -308,13 +368,15 @@ def called(
     values = values.clone().requires_grad_()
     batch = batch_of(values, level, tokens=max(1, round(tokens)), good=good, reward=fn.kind == "reward")
     given = {name: batch[name] for name in needs(fn, scene.hyper)}
+    if scene.running:
+        given["running"] = torch.tensor(scene.running, dtype=torch.float64)
     losses, _ = fn(**given, **scene.hyper)
     (slope,) = torch.autograd.grad(losses.sum(), [values])
     return losses.detach(), -slope
 
 
 def batch_of(values: Tensor, level: Tensor, *, tokens: int, good: Tensor, reward: bool) -> dict[str, Tensor]:
-    """Every tensor by name for these completions."""
+    """Every tensor by name for these completions. A name that is missing here costs its objectives their picture."""
     n = len(values)
     half = torch.arange(n // 2)
     owner = torch.arange(n).repeat_interleave(tokens)
@@ -338,6 +400,13 @@ def batch_of(values: Tensor, level: Tensor, *, tokens: int, good: Tensor, reward
         "ref_per_token_logps": ref_per_token,
         "old_per_token_logps": ref_per_token,
         "owner": owner,
+        "pair_strengths": torch.ones(n // 2, dtype=torch.float64),
+        "per_token_kl": torch.zeros(len(owner), dtype=torch.float64),
+        "per_token_collision": ref_per_token,
+        "token_weights": torch.ones(len(owner), dtype=torch.float64),
+        "turns": 2 * (torch.arange(len(owner)) % tokens) // tokens,
+        "steps": torch.zeros(len(owner), dtype=torch.long),
+        "shared_tokens": torch.zeros(n // 2, dtype=torch.long),
     }
 
 

@@ -1,6 +1,6 @@
 """A real chat endpoint for tests: an HTTP server in a thread that answers as a function tells it to.
 
-with ChatServer(lambda request: "the reply") as server:  # or (status, text), or (status, text, headers)
+with ChatServer(lambda request: "the reply") as server:  # or (status, text), or (status, text, headers), or a choice
     judge = pairwise("openai:m", base_url=server.url)
 """
 
@@ -42,6 +42,14 @@ class Request:
         return json.dumps({"id": self.id, **values})
 
 
+def first_token(**logprobs: float) -> dict[str, Any]:
+    """A choice whose one token has these log-probabilities beside it; the likeliest is what was said."""
+    said = max(logprobs, key=logprobs.__getitem__)
+    top = [{"token": token, "logprob": value, "bytes": None} for token, value in logprobs.items()]
+    content = [{"token": said, "logprob": logprobs[said], "bytes": None, "top_logprobs": top}]
+    return {"message": {"role": "assistant", "content": said}, "logprobs": {"content": content}}
+
+
 class ChatServer:
     """The server; ``requests`` are those it got, ``most`` the largest number it saw at the same time."""
 
@@ -62,10 +70,15 @@ class ChatServer:
                 answer = reply(request)
                 with lock:
                     server.now -= 1
-                status, text, headers = (200, answer, {}) if isinstance(answer, str) else (*answer, {})[:3]
+                given: Any = (200, answer, {}) if isinstance(answer, str | dict) else (*answer, {})[:3]
+                status, text, headers = given
                 if status == 200:
-                    choice = {"message": {"role": "assistant", "content": text}, "finish_reason": "stop"}
-                    text = json.dumps({"choices": [choice]})
+                    choice = (
+                        text
+                        if isinstance(text, dict)
+                        else {"message": {"role": "assistant", "content": text}}
+                    )
+                    text = json.dumps({"choices": [{"finish_reason": "stop", **choice}]})
                 data = text.encode()
                 self.send_response(status)
                 for name, value in headers.items():

@@ -109,6 +109,35 @@ def test_the_python_of_the_readme_runs(tmp_path: Path, monkeypatch: pytest.Monke
     assert losses.item() == pytest.approx(-torch.nn.functional.logsigmoid(torch.tensor(margin)).item())
 
 
+def test_the_python_of_the_page_on_process_rewards_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import torch
+
+    from tiny import tiny_policy_dir
+
+    page = ROOT / "docs" / "process_rewards.md"
+    (tmp_path / "Qwen").mkdir()
+    tiny_policy_dir(tmp_path / "made").rename(tmp_path / "Qwen" / "Qwen3-0.6B")
+    rows = [
+        {"prompt": f"{i}?", "completions": ["one", f"so {i}"], "labels": [True, i % 2 == 0]} for i in range(6)
+    ]
+    (tmp_path / "steps.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
+    code = "\n".join(blocks(page, "python")).replace("n=4)", "n=2, max_new_tokens=6)")
+    names: dict[str, object] = {}
+    exec(compile(code.replace("n=8)", "n=2, max_new_tokens=6)"), page.name, "exec"), names)
+    assert [len(own) for group in names["steps"] for own in group] == [2] * 6  # type: ignore[attr-defined]
+    assert len(names["labelled"]) == 1  # type: ignore[arg-type]
+    text = page.read_text("utf-8")
+    from steerwell.data.stepwise import READERS
+    from steerwell.models.step_scores import AGGREGATES
+
+    assert re.findall(r"^\| `([a-z0-9-]+)` \|", text, re.MULTILINE) == [*READERS, "prod", "last"]
+    assert all(f"`{name}`" in text for name in AGGREGATES)
+
+
 def test_the_figures_against_trl_are_those_of_the_result_files() -> None:
     page = (ROOT / "docs" / "training.md").read_text("utf-8")
     files = sorted((ROOT / "benchmarks" / "results").glob("train_vs_trl_*.json"))
@@ -132,3 +161,103 @@ def test_the_figures_of_growth_are_those_of_the_result_file() -> None:
     assert [one["pairs"] for one in sizes] == [1000, 4000, 16000, 64000]
     assert ", ".join(f"{1000 * one['cpu_seconds'] / one['pairs']:.1f}" for one in sizes) + " CPU ms" in page
     assert ", ".join(f"{one['peak_mib']:.0f}" for one in sizes) + " MiB" in page
+
+
+def test_the_python_of_the_page_on_reward_models_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import steerwell as sw
+    from tiny import tiny_policy_dir
+
+    (page,) = blocks(ROOT / "docs" / "reward_models.md", "python")
+    (tmp_path / "models").mkdir()
+    tiny_policy_dir(tmp_path / "made").rename(tmp_path / "models" / "tiny")
+    groups = []
+    for i in range(32):
+        prompt = (sw.Message("user", f"question {i}"),)
+        texts = ["red " * (1 + i % 3), "blue " * (1 + i % 4)]
+        made = [
+            sw.Completion(prompt, (sw.Message("assistant", text.strip()),), sw.Source(index=k))
+            for k, text in enumerate(texts)
+        ]
+        said = [
+            sw.Annotation("score", (c.id,), "people", float(k + i % 2), criterion=name)
+            for k, c in enumerate(made)
+            for name in ("helpfulness", "verbosity")
+        ]
+        votes = [
+            sw.Annotation(
+                "preference", (made[0].id, made[1].id), f"annotator {n}", int(n == i % 5), strength=2.0
+            )
+            for n in range(3)
+        ]
+        groups.append(sw.CompletionGroup(prompt, tuple(made), (*said, *votes)))
+    sw.save(groups, tmp_path / "scores.jsonl")
+    monkeypatch.chdir(tmp_path)
+    exec(compile(page, "reward_models.md", "exec"), {})
+    outputs, probability = capsys.readouterr().out.splitlines()
+    assert "helpfulness" in outputs
+    assert 0 < float(probability) < 1
+    recipe = json.loads((tmp_path / "runs" / "gated" / "model" / "steerwell_scoring.json").read_text())
+    shown = re.findall(
+        r"`(\w+)`",
+        "".join(re.findall(r"^\| (`.*?) \|", (ROOT / "docs" / "reward_models.md").read_text(), re.M)),
+    )
+    assert set(recipe) - {"version"} <= set(shown)  # the page names all that the recipe holds
+
+
+def test_the_comparison_of_the_docs_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The recipe and the command as they stand, on a tiny model and few pairs."""
+    from steerwell.cli import main
+    from tiny import tiny_policy_dir
+
+    page = ROOT / "docs" / "compare.md"
+    (command,) = blocks(page, "sh")[0].split("\n")[:-1]
+    words = command.split()
+    assert words[:3] == ["steerwell", "train", "compare.toml"]
+    monkeypatch.chdir(tmp_path)
+    tiny_policy_dir(tmp_path / "made").rename(tmp_path / "sft")
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "sft").rename(tmp_path / "runs" / "sft")
+    (tmp_path / "compare.toml").write_text(blocks(page, "toml")[0])
+    rows = [{"prompt": f"weather {i}?", "chosen": f"sun {i}", "rejected": "rain"} for i in range(12)]
+    (tmp_path / "p.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert main(["import", "p.jsonl", "--to", "prefs.db", "--test-fraction", "0.4"]) == 0
+    capsys.readouterr()
+    few = ["--set", "train.steps=1", "--samples", "2", "--max-new-tokens", "3", "--json"]
+    assert main([*words[1:], *few]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert [row["name"] for row in found["contenders"]] == words[-1].split(",")
+    assert (tmp_path / "runs" / "compare" / "dpo-beta=0.5" / "run.json").exists()
+    assert (tmp_path / "runs" / "compare" / "compare.html").exists()
+
+
+def test_the_figures_of_the_comparison_are_those_of_the_result_file() -> None:
+    from steerwell.evals.display import say, signed
+
+    page = (ROOT / "docs" / "compare.md").read_text("utf-8")
+    found = json.loads((ROOT / "benchmarks" / "results" / "compare_world.json").read_text())
+    (command,) = (
+        line for line in blocks(ROOT / "docs" / "compare.md", "sh")[1].splitlines() if "--compare" in line
+    )
+    assert command == found["command"]
+    assert len(found["contenders"]) == 5
+    assert f"{sum(row['cpu_seconds'] for row in found['contenders']):.0f} CPU seconds of training" in page
+    right = {round(row["accuracy"]["value"] * row["accuracy"]["n"], 6) for row in found["contenders"]}
+    assert right == {188}
+    assert "188 of 261" in page
+    for row in found["contenders"]:
+        line = next(line for line in page.splitlines() if line.startswith(f"| {row['name']} |"))
+        cells = [cell.strip() for cell in line.split("|")[2:-1]]
+        share = [say(row[name]["value"], "share") for name in ("accuracy", "win_rate")]
+        change = [signed(row[name]["value"]) for name in ("margin", "chosen_shift")]
+        ends = [say(row["win_rate"][end], "share").removesuffix("%") for end in ("low", "high")]
+        assert cells == [
+            share[0],
+            *change,
+            say(row["kl"]["value"]),
+            f"{share[1]} ({ends[0]} … {ends[1]})",
+            say(row["tokens"]["value"]),
+        ]

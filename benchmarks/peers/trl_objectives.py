@@ -1,28 +1,36 @@
 """TRL's side of objectives_vs_trl.py: run by the interpreter of the peer's environment, with a folder as argument.
 
 The folder holds ``task.json`` (the cases), the rows of each data set as token ids in the order of training, and
-the two start models. Loss code, collators, training loop and optimizer are TRL's as they are. Its fused head
-computes in float32, so it is replaced by the plain one, which computes in the model's own float64; that is what
-makes differences of 1e-6 mean something.
+the two start models. Loss code, collators, training loop and optimizer are TRL's as they are. Around them:
+
+- Its fused head computes in float32, so it is replaced by the plain one, which computes in the model's own float64;
+  that is what makes differences of 1e-6 mean something.
+- The reference's log-probs are rounded to float32, the type that steerwell files them in: both sides get the same
+  reference.
+- The alpha-divergence looks up a limit by type, and its table lacks float64: it is given that one entry, with the
+  limit of float32, in which it computes.
 """
 
 import inspect
 import json
 import sys
 import tempfile
+import textwrap
 import types
 import warnings
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
+import datasets
 import torch
 import transformers
 import trl
 from torch.utils.data import SequentialSampler
 from trl.experimental.cpo import CPOConfig, CPOTrainer
 from trl.experimental.orpo import ORPOConfig, ORPOTrainer
-from trl.trainer import dpo_trainer, kto_trainer
+from trl.experimental.tpo import TPOConfig, TPOTrainer
+from trl.trainer import dpo_trainer, grpo_trainer, kto_trainer, sft_trainer
 from trl.trainer.utils import FusedCausalLMOutput
 from trl_side import dataset
 
@@ -31,7 +39,10 @@ TRAINERS = {
     "kto": (trl.KTOTrainer, trl.KTOConfig),
     "cpo": (CPOTrainer, CPOConfig),
     "orpo": (ORPOTrainer, ORPOConfig),
+    "tpo": (TPOTrainer, TPOConfig),
+    "sft": (trl.SFTTrainer, trl.SFTConfig),
     "reward": (trl.RewardTrainer, trl.RewardConfig),
+    "grpo": (trl.GRPOTrainer, trl.GRPOConfig),
 }
 
 
@@ -52,6 +63,8 @@ def plain_head(model, temperature=1.0, cast_lm_head_to_fp32=False, outputs=("log
             sum_sq = p.square().sum(-1).log().masked_fill(~mask, 0)
             mean, top = logits.mean(-1).masked_fill(~mask, 0), (logits.argmax(-1) == wanted) & mask
         picked = logps.gather(-1, wanted[..., None])[..., 0].masked_fill(~mask, 0)
+        if not self.training:  # the reference
+            picked = picked.float().to(logps.dtype)
         return FusedCausalLMOutput(
             loss=-picked.sum() / mask.sum().clamp(min=1),
             log_probs=picked,
@@ -66,8 +79,20 @@ def plain_head(model, temperature=1.0, cast_lm_head_to_fp32=False, outputs=("log
     model.forward = types.MethodType(forward, model)
 
 
-dpo_trainer.add_fused_lm_head = plain_head
-kto_trainer.add_fused_lm_head = plain_head
+def with_float64_limit(method):
+    """``DPOTrainer._compute_loss`` with an entry for float64 in the table of the alpha-divergence."""
+    source = textwrap.dedent(inspect.getsource(method))
+    before = "torch.float32: 80.0}"
+    if source.count(before) != 1:
+        raise RuntimeError("DPOTrainer is not the one of TRL 1.16: its alpha-divergence looks different")
+    made = {}
+    exec(source.replace(before, "torch.float32: 80.0, torch.float64: 80.0}"), method.__globals__, made)
+    return made[method.__name__]
+
+
+for module in (dpo_trainer, grpo_trainer, kto_trainer, sft_trainer):
+    module.add_fused_lm_head = plain_head
+trl.DPOTrainer._compute_loss = with_float64_limit(trl.DPOTrainer._compute_loss)
 
 
 def settings(task, case, folder):
@@ -94,23 +119,57 @@ def settings(task, case, folder):
         "disable_tqdm": True,
         "dataloader_pin_memory": False,
         "seed": 0,
-        "max_length": None,
     }
+    if case["trainer"] != "grpo":
+        chosen["max_length"] = None
     if case["trainer"] == "kto":
         chosen["train_sampling_strategy"] = "sequential"
     return {**chosen, **case["settings"]}
+
+
+def given_completions(rows, rewards):
+    """What GRPOTrainer takes in place of sampling: the prompts, and the completions and rewards that they have."""
+    place = {spell(prompt): number for number, (prompt, *_) in enumerate(rows)}
+
+    def roll_out(prompts, trainer):
+        seen, found = {}, {"prompt_ids": [], "completion_ids": [], "logprobs": [], "given": []}
+        for prompt in prompts:
+            number = place[prompt]
+            which = seen[prompt] = seen.get(prompt, -1) + 1
+            ids = [*rows[number][1 + which], trainer.processing_class.eos_token_id]
+            found["prompt_ids"].append(rows[number][0])
+            found["completion_ids"].append(ids)
+            found["logprobs"].append([0.0] * len(ids))
+            found["given"].append(rewards[number][which])
+        return found
+
+    def reward(completions, given, **others):
+        return given
+
+    data = datasets.Dataset.from_list([{"prompt": text} for text in place])
+    return data, {"reward_funcs": reward, "rollout_func": roll_out}
+
+
+def spell(ids):
+    return " ".join(f"t{i}" for i in ids) + " "
 
 
 def run(task, case, folder):
     """The losses of one case, one per step."""
     rows = json.loads((folder / f"rows-{case['data']}.json").read_text())
     kind, size = case["trainer"], case["batch_size"]
-    if kind == "kto":
+    more = {}
+    if kind == "grpo":
+        data, more = given_completions(rows, task["rewards"])
+    elif kind == "kto":
         data = dataset("kto", [rows[i : i + size] for i in range(0, len(rows), size)])
     else:
-        data = dataset("reward" if kind == "reward" else "dpo", rows)
-    if "margins" in case:
-        data = data.add_column("margin", case["margins"])
+        data = dataset(kind if kind in ("reward", "sft") else "dpo", rows)
+    if kind == "tpo":
+        data = data.add_column("reference", data["chosen"])
+    if case["targets"] == "strengths":
+        factor = case["hyper"]["margin"]
+        data = data.add_column("margin", [factor * (1.0 + chosen[0] % 3) for _, chosen, _ in rows])
     make = (
         transformers.AutoModelForSequenceClassification
         if kind == "reward"
@@ -124,6 +183,8 @@ def run(task, case, folder):
 
     class Watched(trainer_class):
         def _get_train_sampler(self, *args, **kwargs):
+            if kind == "grpo":  # in order by itself, each prompt as often as it has completions
+                return super()._get_train_sampler(*args, **kwargs)
             return SequentialSampler(self.train_dataset)
 
         def training_step(self, *args, **kwargs):
@@ -134,7 +195,7 @@ def run(task, case, folder):
     with tempfile.TemporaryDirectory() as out, warnings.catch_warnings():
         warnings.simplefilter("ignore")
         config = config_class(**settings(task, case, out))
-        Watched(model=model, args=config, train_dataset=data, processing_class=tokenizer).train()
+        Watched(model=model, args=config, train_dataset=data, processing_class=tokenizer, **more).train()
     return losses
 
 

@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from steerwell import objectives as objectives
     from steerwell import world as world
     from steerwell.data import resolve as resolve
+    from steerwell.data.calibration import fit_temperature as fit_temperature
+    from steerwell.data.cutpoints import fit_cutpoints as fit_cutpoints
     from steerwell.data.errors import InputError as InputError
     from steerwell.data.formats import load as load
     from steerwell.data.formats import save as save
@@ -29,10 +31,13 @@ if TYPE_CHECKING:
     from steerwell.data.types import Source as Source
     from steerwell.evals.stats import Estimate as Estimate
     from steerwell.evals.task import evaluate as evaluate
+    from steerwell.models.average import average_weights as average_weights
     from steerwell.models.load import Policy as Policy
     from steerwell.models.load import load_policy as load_policy
+    from steerwell.models.load_reward_model import load_reward_model as load_reward_model
+    from steerwell.models.monte_carlo import monte_carlo_step_labels as monte_carlo_step_labels
+    from steerwell.models.reward_ensemble import reward_ensemble as reward_ensemble
     from steerwell.models.reward_model import RewardModel as RewardModel
-    from steerwell.models.reward_model import load_reward_model as load_reward_model
     from steerwell.models.self_play import self_play_pairs as self_play_pairs
     from steerwell.models.token_weights import contrast_weights as contrast_weights
     from steerwell.train.loop import train as train
@@ -55,15 +60,20 @@ _PLACES: dict[str, tuple[str, str]] = {
     "Source": ("steerwell.data.types", "Source"),
     "Store": ("steerwell.data.store", "Store"),
     "contrast_weights": ("steerwell.models.token_weights", "contrast_weights"),
+    "average_weights": ("steerwell.models.average", "average_weights"),
     "audit": ("steerwell.data.quality", "audit"),
     "evaluate": ("steerwell.evals.task", "evaluate"),
+    "fit_cutpoints": ("steerwell.data.cutpoints", "fit_cutpoints"),
+    "fit_temperature": ("steerwell.data.calibration", "fit_temperature"),
     "judges": ("steerwell.judges", ""),
     "load": ("steerwell.data.formats", "load"),
     "load_policy": ("steerwell.models.load", "load_policy"),
-    "load_reward_model": ("steerwell.models.reward_model", "load_reward_model"),
+    "load_reward_model": ("steerwell.models.load_reward_model", "load_reward_model"),
+    "monte_carlo_step_labels": ("steerwell.models.monte_carlo", "monte_carlo_step_labels"),
     "objectives": ("steerwell.objectives", ""),
     "open": ("steerwell.data.store", "open_store"),
     "resolve": ("steerwell.data.resolve", ""),
+    "reward_ensemble": ("steerwell.models.reward_ensemble", "reward_ensemble"),
     "rollouts": ("steerwell.train.sources", "rollouts"),
     "save": ("steerwell.data.formats", "save"),
     "self_play_pairs": ("steerwell.models.self_play", "self_play_pairs"),
@@ -78,6 +88,8 @@ __all__ = [  # noqa: RUF022 (in the order in which they are used)
     "audit",
     "load_policy",
     "load_reward_model",
+    "reward_ensemble",
+    "average_weights",
     "judges",
     "resolve",
     "objectives",
@@ -85,6 +97,9 @@ __all__ = [  # noqa: RUF022 (in the order in which they are used)
     "rollouts",
     "contrast_weights",
     "self_play_pairs",
+    "fit_temperature",
+    "fit_cutpoints",
+    "monte_carlo_step_labels",
     "evaluate",
     "world",
     "InputError",

@@ -5,8 +5,7 @@
 >>> "permutation" in check_objective(dpo, beta=0.5)
 True
 
-The batches are made up from the objective's tensor names: prompts with four completions each. Completion 0 is
-good, 1 is bad, 2 lies between, and 3 is idle: no pair names it and it is no demonstration.
+The batches are those of :mod:`steerwell.objectives.made_up`.
 """
 
 from __future__ import annotations
@@ -17,16 +16,23 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from steerwell.objectives.made_up import PER_PROMPT, Batch, made_up, take
 from steerwell.objectives.reduce import reduce
-from steerwell.objectives.table import TENSORS, UNIT_LETTER, Objective, ObjectiveError, get, needs, optional
+from steerwell.objectives.table import (
+    TENSORS,
+    UNIT_LETTER,
+    Objective,
+    ObjectiveError,
+    get,
+    hyperparameters,
+    needs,
+    optional,
+)
 
-PER_PROMPT = 4
 FAR = 1e4
 APART = 100.0  # nats between two completions that are far apart, still within the exact range of every loss
 RTOL, ATOL = 1e-9, 1e-11
 PAIRED = [name for name, facts in TENSORS.items() if facts.shape[-1:] == ("M",)]
-
-Batch = dict[str, Tensor]
 
 
 class _Outcome(NamedTuple):
@@ -48,7 +54,7 @@ def check_objective(fn: Callable[..., Any] | str, *, seed: int = 0, **hyper: Any
     permutation: the order of completions and of pairs does not matter.
     copies: a batch beside its own copy gives twice the sum, so nothing was divided by a batch size.
     microbatches: parts (whole prompts each) add up to the whole in value and gradient, if it is decomposable.
-    removal: completions that are masked or in no pair get no gradient and can be left out.
+    removal: completions that are masked, in no pair or without a labelled step get no gradient and can be left out.
     gradcheck: float64 gradients equal finite differences, unless the objective is declared a surrogate.
 
     ``fn`` is an objective or its name and ``hyper`` its hyperparameters. Raises AssertionError that lists
@@ -61,7 +67,9 @@ def check_objective(fn: Callable[..., Any] | str, *, seed: int = 0, **hyper: Any
     if unknown:
         raise ObjectiveError(f"check_objective cannot make up {unknown[0]!r}; it knows {', '.join(TENSORS)}")
     if not _learnt(objective, wanted):
-        raise ObjectiveError(f"{objective.__name__} takes none of logps, per_token_logps, scores to learn")
+        raise ObjectiveError(
+            f"{objective.__name__} takes none of logps, per_token_logps, scores, step_scores to learn"
+        )
     checks: dict[str, Callable[..., None]] = {
         "shape": _check_shape,
         "sign": _check_sign,
@@ -72,7 +80,7 @@ def check_objective(fn: Callable[..., Any] | str, *, seed: int = 0, **hyper: Any
     }
     if objective.decomposable:
         checks["microbatches"] = _check_microbatches
-    if objective.mask or "pairs" in wanted:
+    if objective.mask or {"pairs", "step_labels"} & set(wanted):
         checks["removal"] = _check_removal
     if not objective.surrogate:
         checks["gradcheck"] = _check_gradients
@@ -90,89 +98,32 @@ def check_objective(fn: Callable[..., Any] | str, *, seed: int = 0, **hyper: Any
     return tuple(checks)
 
 
-def made_up(names: tuple[str, ...], *, prompts: int = 3, seed: int = 0, at_start: bool = False) -> Batch:
-    """Float64 tensors by name for ``prompts`` prompts of four completions. Raises KeyError for unknown names.
-
-    ``at_start``: policy, reference and sampling policy agree, and kl is 0, as on the first step of a run.
-    """
-    g = torch.Generator().manual_seed(seed)
-    n = prompts * PER_PROMPT
-    place = torch.arange(n) % PER_PROMPT
-    lengths = torch.randint(1, 5, (n,), generator=g)
-    owner = torch.repeat_interleave(torch.arange(n), lengths)
-
-    def normal(size: int) -> Tensor:
-        return torch.randn(size, generator=g, dtype=torch.float64)
-
-    def summed(x: Tensor) -> Tensor:
-        return torch.zeros(n, dtype=torch.float64).index_add(0, owner, x)
-
-    policy = -normal(len(owner)).square() - 0.05
-    apart = 0.0 if at_start else 1.0
-    ref, old = (policy + apart * spread * normal(len(owner)) for spread in (0.5, 0.15))
-    quality = torch.tensor([1.0, -1.0, 0.2, -0.3], dtype=torch.float64)[place]
-    first = torch.arange(prompts) * PER_PROMPT
-    pairs = torch.cat([torch.stack([first + a, first + b]) for a, b in ((0, 1), (0, 2), (2, 1))], dim=1)
-    everything = {
-        "logps": summed(policy),
-        "ref_logps": summed(ref),
-        "old_logps": summed(old),
-        "lengths": lengths.double(),
-        "pairs": pairs,
-        "pair_probs": 0.6 + 0.4 * torch.rand(3 * prompts, generator=g, dtype=torch.float64),
-        "labels": quality > 0,
-        "ranks": torch.tensor([0, 3, 1, 2])[place],
-        "scores": 2 * quality + 0.1 * normal(n),
-        "rewards": 2 * quality + 0.1 * normal(n),
-        "group": torch.arange(n) // PER_PROMPT,
-        "advantages": quality * (0.5 + torch.rand(n, generator=g, dtype=torch.float64)),
-        "demonstrations": (place == 0) | (place == 2),
-        "kl": torch.tensor(0.3 * apart, dtype=torch.float64),
-        "per_token_logps": policy,
-        "ref_per_token_logps": ref,
-        "old_per_token_logps": old,
-        "owner": owner,
-        "per_token_kl": apart * normal(len(owner)).square(),
-        "per_token_collision": -normal(len(owner)).square() - 0.05,
-        "token_weights": 0.5 + torch.rand(len(owner), generator=g, dtype=torch.float64),
-        "turns": _place_within(owner, lengths) // 2,
-        "steps": _place_within(owner, lengths) // 2,
-        "shared_tokens": (lengths[pairs].amin(0) - 1).clamp(max=2),  # so that both have a token after them
-    }
-    return {name: everything[name] for name in dict.fromkeys((*names, "lengths", "owner", "group"))}
+def batch_for(objective: Objective, names: tuple[str, ...], hyper: Mapping[str, Any], **how: Any) -> Batch:
+    """:func:`made_up`, with as many outputs of the head as the objective asks of a reward model."""
+    values = {"levels": (), "members": 2, **hyperparameters(objective), **hyper}
+    heads = {"quantiles": len(values["levels"]), "members": values["members"]}.get(objective.head, 2)
+    return made_up(names, heads=heads, **how)
 
 
-def _place_within(owner: Tensor, lengths: Tensor) -> Tensor:
-    """Of each token, how many tokens of its completion come before it."""
-    return torch.arange(len(owner)) - (lengths.cumsum(0) - lengths)[owner]
+def _rows(name: str, taken: Mapping[str, Tensor]) -> Any:
+    """Where the rows of a tensor went; all of them, if they are nothing of a completion's or a pair's."""
+    return taken.get(TENSORS[name].shape[0], slice(None))
 
 
-def take(batch: Batch, index: Tensor) -> tuple[Batch, dict[str, Tensor]]:
-    """The completions ``index`` in that order, with their tokens, and the pairs that lie within.
-
-    Also returns, by shape letter, the positions in ``batch`` that were taken ("N", "S", "M").
-    """
-    n = len(batch["lengths"])
-    place = torch.full((n,), -1)
-    place[index] = torch.arange(len(index))
-    owned = [torch.nonzero(batch["owner"] == i).flatten() for i in index.tolist()]
-    tokens = torch.cat(owned) if owned else torch.zeros(0, dtype=torch.long)
-    pairs = place[batch["pairs"]] if "pairs" in batch else torch.zeros(2, 0, dtype=torch.long)
-    inside = torch.nonzero((pairs >= 0).all(0)).flatten()
-    taken = {"N": index, "S": tokens, "M": inside}
-    out: Batch = {}
-    for name, x in batch.items():
-        shape = TENSORS[name].shape
-        out[name] = x if not shape else pairs[:, inside] if name == "pairs" else x[taken[shape[0]]]
-    out["owner"] = place[out["owner"]]
-    return out, taken
+def _of_units(batch: Batch, name: str) -> Tensor:
+    """Which completion each entry of a tensor belongs to."""
+    owners = {"S": "owner", "U": "step_owner"}
+    letter = TENSORS[name].shape[0]
+    return batch[owners[letter]] if letter in owners else torch.arange(len(batch["lengths"]))
 
 
 def _learnt(objective: Objective, names: tuple[str, ...]) -> tuple[str, ...]:
     return tuple(
         name
         for name in (
-            ("scores",) if objective.kind == "reward" else ("logps", "per_token_logps", "per_token_kl")
+            ("scores", "head_scores", "head_weights", "step_scores")
+            if objective.kind == "reward"
+            else ("logps", "per_token_logps", "per_token_kl")
         )
         if name in names
     )
@@ -200,6 +151,8 @@ def _counted(objective: Objective, batch: Batch) -> Tensor:
     """Positions of the units that the losses stand for, in the objective's unit."""
     if objective.unit == "pair":
         return torch.arange(batch["pairs"].shape[1])
+    if objective.unit == "step":
+        return torch.nonzero(~batch["step_labels"].isnan()).flatten()
     within = torch.ones(len(batch["lengths"]), dtype=torch.bool)
     if objective.mask:
         within = batch[objective.mask]
@@ -207,7 +160,7 @@ def _counted(objective: Objective, batch: Batch) -> Tensor:
 
 
 def _check_shape(objective: Objective, names: tuple[str, ...], hyper: Mapping[str, Any], seed: int) -> None:
-    batch = made_up(names, seed=seed)
+    batch = batch_for(objective, names, hyper, seed=seed)
     given = {name: batch[name].clone() for name in names}
     for name in _learnt(objective, names):
         given[name].requires_grad_()
@@ -223,28 +176,36 @@ def _check_shape(objective: Objective, names: tuple[str, ...], hyper: Mapping[st
         assert not metric.requires_grad, f"metric {name} must be detached"
         assert torch.isfinite(metric).all(), f"metric {name} is not finite"
     for name in names:
-        assert torch.equal(given[name], batch[name]), f"{name} was changed in place"
+        assert torch.equal(given[name].nan_to_num(), batch[name].nan_to_num()), f"{name} was changed in place"
 
 
 def _check_sign(objective: Objective, names: tuple[str, ...], hyper: Mapping[str, Any], seed: int) -> None:
-    whole = made_up(names, prompts=4, seed=seed, at_start=True)
+    whole = batch_for(objective, names, hyper, prompts=4, seed=seed, at_start=True)
     place = torch.arange(len(whole["lengths"])) % PER_PROMPT
     batch, _ = take(whole, torch.nonzero(place < 2).flatten())
     n = len(batch["lengths"])
     if "pair_probs" in batch:  # a soft label may be content with less than the margin of the batch
         batch["pair_probs"] = torch.ones_like(batch["pair_probs"])
+    if objective.kind == "reward" and "scores" in batch:  # a reward model that knows nothing yet
+        batch["scores"] = torch.zeros_like(batch["scores"])
+    if "pair_strengths" in batch:  # ties have no better completion
+        batch["pair_strengths"] = batch["pair_strengths"].clamp(min=1)
+    if "step_labels" in batch:
+        batch["step_labels"] = batch["step_labels"].round()
     if objective.rises_at_start:
         _check_far_apart(objective, names, batch, hyper)
         return
     slope = torch.zeros(n, dtype=torch.float64)
     for name, gradient in _evaluate(objective, names, batch, hyper).gradients.items():
-        if name == "per_token_kl":  # a distance from the reference prefers no completion
+        if name in ("per_token_kl", "head_weights"):  # what holds the model itself prefers no completion
             continue
-        by_token = TENSORS[name].shape == ("S",)
-        slope.index_add_(0, batch["owner"] if by_token else torch.arange(n), gradient)
+        own = gradient.flatten(1).sum(1) if gradient.dim() > 1 else gradient
+        slope.index_add_(0, _of_units(batch, name), own)
+    if not slope.any() and _learnt(objective, names) == ("head_weights",):
+        return
     good, bad = slope[0::2], slope[1::2]
     assert (good - bad < 0).all(), f"the loss rises towards the better completion: slopes {good - bad}"
-    if "pairs" not in names and {"labels", "advantages", "demonstrations"} & set(names):
+    if "pairs" not in names and {"labels", "advantages", "demonstrations", "step_labels"} & set(names):
         assert (good <= 0).all(), f"the loss rises when a good completion gets likelier: slopes {good}"
         assert (bad >= 0).all(), f"the loss falls when a bad completion gets likelier: slopes {bad}"
 
@@ -274,13 +235,16 @@ def _check_extremes(
     objective: Objective, names: tuple[str, ...], hyper: Mapping[str, Any], seed: int
 ) -> None:
     for turn in range(3):
-        batch = made_up(names, prompts=8, seed=seed + turn)
+        batch = batch_for(objective, names, hyper, prompts=8, seed=seed + turn)
         g = torch.Generator().manual_seed(seed + turn)
         for name, x in batch.items():
             coin = torch.rand(x.shape, generator=g) < 0.5
             if name.endswith("logps"):
                 batch[name] = torch.where(coin, -FAR, 0.0).float()
-            elif name == "scores" and objective.kind == "reward":
+            elif (
+                name in ("scores", "head_scores", "head_weights", "step_scores")
+                and objective.kind == "reward"
+            ):
                 batch[name] = torch.where(coin, -FAR, FAR).float()
             elif name == "kl":
                 batch[name] = torch.tensor([FAR, -FAR, 0.0][turn])
@@ -295,11 +259,13 @@ def _check_extremes(
 
 
 def _check_empty(objective: Objective, names: tuple[str, ...], hyper: Mapping[str, Any], seed: int) -> None:
-    batch = made_up(names, seed=seed)
+    batch = batch_for(objective, names, hyper, seed=seed)
     nothing, _ = take(batch, torch.zeros(0, dtype=torch.long))
     batches = [nothing]
     if objective.mask:
         batches.append({**batch, objective.mask: torch.zeros_like(batch[objective.mask])})
+    if "step_labels" in batch:
+        batches.append({**batch, "step_labels": torch.full_like(batch["step_labels"], torch.nan)})
     if objective.unit == "pair":
         batches.append({name: x[..., :0] if name in PAIRED else x for name, x in batch.items()})
     for empty in batches:
@@ -312,7 +278,7 @@ def _check_empty(objective: Objective, names: tuple[str, ...], hyper: Mapping[st
 def _check_permutation(
     objective: Objective, names: tuple[str, ...], hyper: Mapping[str, Any], seed: int
 ) -> None:
-    batch = made_up(names, seed=seed)
+    batch = batch_for(objective, names, hyper, seed=seed)
     before = _evaluate(objective, names, batch, hyper)
     g = torch.Generator().manual_seed(seed)
     shuffled, taken = take(batch, torch.randperm(len(batch["lengths"]), generator=g))
@@ -322,7 +288,7 @@ def _check_permutation(
         shuffled |= {name: x[..., order] for name, x in shuffled.items() if name in PAIRED}
     after = _evaluate(objective, names, shuffled, hyper)
     for name, gradient in before.gradients.items():
-        moved = gradient[taken[TENSORS[name].shape[0]]]
+        moved = gradient[_rows(name, taken)]
         _close(after.gradients[name], moved, f"gradient of {name} after a permutation")
     if objective.decomposable:
         place = torch.zeros(int(taken[UNIT_LETTER[objective.unit]].numel()), dtype=torch.long)
@@ -335,12 +301,16 @@ def _check_permutation(
 
 
 def _check_copies(objective: Objective, names: tuple[str, ...], hyper: Mapping[str, Any], seed: int) -> None:
-    batch = made_up(names, seed=seed)
+    batch = batch_for(objective, names, hyper, seed=seed)
     n = len(batch["lengths"])
     double: Batch = {}
     for name, x in batch.items():
-        shift = n if name in ("pairs", "owner", "group") else 0
-        double[name] = torch.cat([x, x + shift if shift else x], dim=-1) if TENSORS[name].shape else x
+        shift = n if name in ("pairs", "owner", "step_owner", "group") else 0
+        double[name] = (
+            torch.cat([x, x + shift if shift else x], dim=1 if name == "pairs" else 0)
+            if TENSORS[name].shape and name != "head_weights"
+            else x
+        )
     once = _evaluate(objective, names, batch, hyper).losses.sum()
     twice = _evaluate(objective, names, double, hyper).losses.sum()
     _close(twice, 2 * once, "sum of a batch beside its copy")
@@ -349,13 +319,14 @@ def _check_copies(objective: Objective, names: tuple[str, ...], hyper: Mapping[s
 def _check_microbatches(
     objective: Objective, names: tuple[str, ...], hyper: Mapping[str, Any], seed: int
 ) -> None:
-    batch = made_up(names, prompts=4, seed=seed)
+    batch = batch_for(objective, names, hyper, prompts=4, seed=seed)
 
     def step(part: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         given = {name: part[name].clone() for name in names}
         learnt = {name: given[name].requires_grad_() for name in _learnt(objective, names)}
         losses, _ = objective(**given, **hyper)
-        owner = part["owner"][_counted(objective, part)] if objective.unit == "token" else None
+        of = {"token": "owner", "step": "step_owner"}.get(objective.unit)
+        owner = part[of][_counted(objective, part)] if of else None
         value = reduce(losses, objective.reduction, owner=owner, denominator=7.0)
         gradients = torch.autograd.grad(value, list(learnt.values()))
         return value.detach(), dict(zip(learnt, gradients, strict=True))
@@ -369,22 +340,26 @@ def _check_microbatches(
         part_value, part_gradients = step(part)
         total = total + part_value
         for name, x in part_gradients.items():
-            gathered[name][taken[TENSORS[name].shape[0]]] += x
+            gathered[name][_rows(name, taken)] += x
     _close(total, value, "sum over micro-batches")
     for name, x in gradients.items():
         _close(gathered[name], x, f"gradient of {name} over micro-batches")
 
 
 def _check_removal(objective: Objective, names: tuple[str, ...], hyper: Mapping[str, Any], seed: int) -> None:
-    batch = made_up(names, seed=seed)
+    batch = batch_for(objective, names, hyper, seed=seed)
     idle = torch.ones(len(batch["lengths"]), dtype=torch.bool)
     if "pairs" in names:
         idle[batch["pairs"].flatten()] = False
+    if "step_labels" in names:
+        idle[batch["step_owner"][~batch["step_labels"].isnan()]] = False
     if objective.mask:
         idle &= ~batch[objective.mask]
     outcome = _evaluate(objective, names, batch, hyper)
     for name, gradient in outcome.gradients.items():
-        masked = idle if TENSORS[name].shape == ("N",) else idle[batch["owner"]]
+        if name == "head_weights":
+            continue
+        masked = idle[_of_units(batch, name)]
         assert not gradient[masked].any(), f"{name} of completions that do not count gets a gradient"
     fewer, _ = take(batch, torch.nonzero(~idle).flatten())
     _close(
@@ -397,7 +372,7 @@ def _check_removal(objective: Objective, names: tuple[str, ...], hyper: Mapping[
 def _check_gradients(
     objective: Objective, names: tuple[str, ...], hyper: Mapping[str, Any], seed: int
 ) -> None:
-    batch = made_up(names, prompts=2, seed=seed)
+    batch = batch_for(objective, names, hyper, prompts=2, seed=seed)
     learnt = _learnt(objective, names)
 
     def losses(*values: Tensor) -> Tensor:

@@ -342,3 +342,51 @@ def test_bootstrap_of_a_ratio_of_columns() -> None:
     assert e.high - e.low < 0.02
     with pytest.raises(InputError, match="statistic"):
         stats.cluster_bootstrap(rows, np.arange(200))
+
+
+def test_a_weighted_mean_of_independent_shares_covers_and_is_never_certain() -> None:
+    by_hand = stats.combined([Estimate(0.8, 0.7, 0.9, 10), Estimate(0.4, 0.1, 0.6, 20)], [3, 1])
+    assert by_hand.value == pytest.approx(0.7)
+    assert by_hand.low == pytest.approx(0.7 - (0.075**2 + 0.075**2) ** 0.5)
+    assert by_hand.high == pytest.approx(0.7 + (0.075**2 + 0.05**2) ** 0.5)
+    assert by_hand.n == 30
+    sure = stats.combined([stats.proportion([1.0] * 9), stats.proportion([1.0] * 9)], [1, 1])
+    assert sure.value == sure.high == 1.0
+    assert sure.low is not None
+    assert sure.low < 0.85
+    rng = np.random.default_rng(0)
+    shares, sizes, weights = [0.95, 0.6, 0.8], [30, 50, 20], [1, 1, 2]
+    truth, hits = np.average(shares, weights=weights), 0
+    for _ in range(1000):
+        parts = [
+            stats.proportion((rng.random(n) < p).astype(float)) for p, n in zip(shares, sizes, strict=True)
+        ]
+        found = stats.combined(parts, weights)
+        assert found.low is not None
+        assert found.high is not None
+        hits += found.low <= truth <= found.high
+    assert 0.93 <= hits / 1000 <= 0.98
+
+
+def test_a_weighted_mean_needs_all_its_parts() -> None:
+    known, unknown = stats.proportion([1.0, 0.0]), stats.proportion([])
+    assert stats.combined([known, unknown], [1, 1]).value is None
+    assert stats.combined([known, unknown], [1, 0]).value == 0.5
+    assert stats.combined([known, Estimate(0.5, None, None, 1)], [1, 1]).low is None
+    with pytest.raises(InputError):
+        stats.combined([known], [1, 2])
+    with pytest.raises(InputError):
+        stats.combined([known], [-1])
+
+
+def test_a_ratio_of_sums_is_what_the_plain_bootstrap_says() -> None:
+    rng = np.random.default_rng(0)
+    below = rng.uniform(0.5, 2.0, 60)
+    rows = np.column_stack([below * 0.4 + rng.normal(0, 0.3, 60), below])
+    prompts = [i // 3 for i in range(60)]
+    fast = stats.cluster_bootstrap(rows, prompts, "ratio")
+    slow = stats.cluster_bootstrap(rows, prompts, lambda r: float(r[:, 0].sum() / r[:, 1].sum()))
+    assert fast.value == pytest.approx(rows[:, 0].sum() / rows[:, 1].sum())
+    assert (fast.low, fast.high) == (pytest.approx(slow.low), pytest.approx(slow.high))
+    with pytest.raises(InputError, match="need a statistic"):
+        stats.cluster_bootstrap(np.ones((3, 3)), [0, 1, 2], "ratio")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -84,3 +85,21 @@ def test_a_policy_or_nothing_at_all_is_no_reward_model(tmp_path: Path) -> None:
         reward_model(tiny_policy_dir(tmp_path))
     with pytest.raises(InputError, match="no such model directory"):
         reward_model(tmp_path / "nothing")
+
+
+def test_the_word_says_how_members_are_put_together(run: Path, tmp_path: Path) -> None:
+    policy = load_policy(tiny_policy_dir(tmp_path))
+    RewardModel.from_policy(policy, head="members", outputs=("a", "b")).save(tmp_path / "rm")
+    plain, careful = parse(f"rm:{tmp_path}/rm"), parse(f"rm:{tmp_path}/rm?combine=uwo&penalty=0.25")
+    assert plain.name != careful.name
+    rows = [one for own in plain.model.outputs([groups()[0]]) for one in own]  # type: ignore[attr-defined]
+    expected = [(r["a"] + r["b"]) / 2 - 0.25 * ((r["a"] - r["b"]) / 2) ** 2 for r in rows]
+    assert [a.value for a in careful([groups()[0]])] == pytest.approx(expected, abs=1e-6)
+    for word, what in (
+        (f"rm:{tmp_path}/rm?combine=max", "unknown combine 'max'"),
+        (f"rm:{tmp_path}/rm?combin=min", "unknown setting 'combin'"),
+        (f"rm:{tmp_path}/rm?penalty=x", "penalty must be a number, got 'x'"),
+        (f"rm:{run}?combine=min", "combine say how members are put together, and rm has one score"),
+    ):
+        with pytest.raises(InputError, match=re.escape(what)):
+            parse(word)

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import steerwell.testing
-from steerwell.objectives import ObjectiveError, grpo, objective, table
+from steerwell.objectives import TABLE, ObjectiveError, grpo, needs, objective, optional, table
 from steerwell.testing import check_objective, made_up, take
 
 ALL = {"shape", "sign", "extremes", "empty", "permutation", "copies", "microbatches", "removal", "gradcheck"}
@@ -252,6 +252,15 @@ def test_the_failure_lists_every_check_and_why() -> None:
     assert lines[0] == "divides_by_batch fails 2 of the checks"
     assert lines[1].startswith("copies: sum of a batch beside its copy")
     assert lines[2].startswith("microbatches: sum over micro-batches")
+
+
+@pytest.mark.parametrize("name", sorted(TABLE))
+def test_every_objective_of_the_table_passes_all_that_applies(name: str) -> None:
+    """At its defaults; objectives that come later are covered too."""
+    fn = TABLE[name]
+    paired = fn.mask or {"pairs", "step_labels"} & {*needs(fn), *optional(fn)}
+    applies = {"microbatches": fn.decomposable, "removal": bool(paired), "gradcheck": not fn.surrogate}
+    assert set(check_objective(name)) == ALL - {check for check, does in applies.items() if not does}
 
 
 def test_names_of_the_checks_come_back() -> None:

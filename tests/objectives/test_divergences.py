@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from steerwell.objectives import chi_po, dpo, f_dpo
+from steerwell.objectives import ObjectiveError, chi_po, dpo, f_dpo
 
 PAIR = torch.tensor([[0], [1]])
 ZERO = torch.zeros(2, dtype=torch.float64)
@@ -50,6 +50,22 @@ def test_trap_f_dpo_alpha_is_the_papers_and_not_one_minus_it() -> None:
     losses, _ = f_dpo(h, ZERO, PAIR, beta=1.0, divergence="alpha", alpha=alpha)
     assert losses.item() == pytest.approx(loss(alpha), rel=1e-13)
     assert losses.item() != pytest.approx(loss(1 - alpha), rel=1e-2)
+
+
+def test_f_dpo_alpha_is_one_half_unless_given() -> None:
+    h = f64(0.7, -1.1)
+    usual = f_dpo(h, ZERO, PAIR, divergence="alpha")[0]
+    given = f_dpo(h, ZERO, PAIR, divergence="alpha", alpha=0.5)[0]
+    assert torch.equal(usual, given)
+    assert not torch.allclose(usual, f_dpo(h, ZERO, PAIR, divergence="alpha", alpha=0.4)[0])
+
+
+@pytest.mark.parametrize("divergence", ["reverse_kl", "forward_kl", "js", "chi2"])
+def test_trap_f_dpo_alpha_is_an_error_where_it_is_not_used_even_if_it_is_the_usual_one(
+    divergence: str,
+) -> None:
+    with pytest.raises(ObjectiveError, match="alpha is used by divergence 'alpha' only"):
+        f_dpo(ZERO, ZERO, PAIR, divergence=divergence, alpha=0.5)
 
 
 def test_f_dpo_alpha_goes_from_reverse_to_forward_kl() -> None:

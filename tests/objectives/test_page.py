@@ -9,7 +9,7 @@ from types import ModuleType
 
 import pytest
 
-from steerwell.objectives import TABLE, dpo, explain
+from steerwell.objectives import MIXTURES, TABLE, dpo, explain, needs, objective, table
 
 DOCS = Path(__file__).parents[2] / "docs"
 
@@ -36,7 +36,7 @@ def test_the_page_is_up_to_date(made: dict[str, str], maker: ModuleType) -> None
     assert stale + left == [], "run python docs/make_objectives.py"
 
 
-def test_every_objective_has_its_section(made: dict[str, str]) -> None:
+def test_every_objective_has_its_section(made: dict[str, str], maker: ModuleType) -> None:
     page = made["objectives.md"]
     for name, fn in TABLE.items():
         section = page.split(f"\n### {name}\n")[1].split("\n### ")[0]
@@ -45,8 +45,52 @@ def test_every_objective_has_its_section(made: dict[str, str]) -> None:
         assert f"[{name}](#{name})" in page
         drawn = f"objectives/{name}.svg"
         assert (drawn in section) == (drawn in made)
-        if fn.unit == "pair" and fn.decomposable:
+        known = set(needs(fn)) <= maker.known(fn)
+        assert known or fn.kind == "reward", f"the pictures make up no {set(needs(fn)) - maker.known(fn)}"
+        if fn.unit == "pair" and fn.decomposable and known:
             assert drawn in made
+
+
+def test_every_mixture_has_its_section(made: dict[str, str]) -> None:
+    page = made["objectives.md"]
+    for name, mixture in MIXTURES.items():
+        section = page.split(f"\n### {name}\n")[1].split("\n### ")[0]
+        for term, weight, _ in mixture.terms:
+            assert f"- {weight:g} × [{term}](#{term})" in section
+        assert f"[{name}](#{name})" in page
+        assert "losses = [[" in section
+    assert "- 0.005 × [sft](#sft), reduction = 'sequence_sum'" in page
+
+
+def test_a_tensor_that_the_pictures_do_not_know_costs_the_picture_only(
+    maker: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(table, "TABLE", dict(table.TABLE))
+
+    @objective(unit="pair", kind="reward", source="nobody")
+    def headed(moon_phases, pairs):
+        """Nothing.
+
+        Formula:
+            loss = 0
+        Returns:
+            nothing
+        Use when:
+            Never.
+        """
+        return moon_phases.sum(), {}
+
+    assert maker.picture(headed) is None
+    section = "\n".join(maker.section("headed", headed, False))
+    assert "- `moon_phases`: a tensor of its own" in section
+    assert ".svg" not in section
+
+
+def test_the_picture_of_a_group_is_that_of_its_pair(maker: ModuleType) -> None:
+    """Plackett-Luce over two completions is DPO, in value and in push."""
+    group, pair = (maker.paired(TABLE[name], maker.Scene()) for name in ("plackett_luce", "dpo"))
+    for one, other in zip([*group[0], *group[1]], [*pair[0], *pair[1]], strict=True):
+        assert one.y == pytest.approx(other.y, rel=1e-12)
 
 
 def test_explain_and_the_page_say_the_same(made: dict[str, str]) -> None:

@@ -195,6 +195,17 @@ def test_its_page_says_what_it_is_and_how_it_fails(name: str) -> None:
             {"divergence": "js", "alpha": 0.3},
             "f_dpo: alpha is used by divergence 'alpha' only, and divergence is 'js'",
         ),
+        (
+            "f_dpo",
+            {"alpha": 0.5},
+            "f_dpo: alpha is used by divergence 'alpha' only, and divergence is 'reverse_kl'",
+        ),
+        ("cpo", {"alpha": 0, "nll": "mean"}, "cpo: nll is used while alpha is not 0, and alpha is 0"),
+        (
+            "tdpo",
+            {"alpha": 0.0, "stop_gradient": False},
+            "tdpo: stop_gradient is used while alpha is not 0, and alpha is 0.0",
+        ),
         ("chi_po", {"r_max": 0.0}, "chi_po: r_max must be > 0, got 0.0"),
         ("r_dpo", {"alpha": -0.01}, "r_dpo: alpha must be >= 0, got -0.01"),
         ("ld_dpo", {"alpha": 1.5}, "ld_dpo: alpha must be >= 0 and <= 1, got 1.5"),

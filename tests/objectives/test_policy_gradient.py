@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from steerwell.objectives import ObjectiveError, grpo, needs, ppo_clip, reinforce, rloo
+from steerwell.objectives import ObjectiveError, cispo, grpo, needs, ppo_clip, reinforce, rloo
 from steerwell.objectives.policy_gradient import k3
 from steerwell.testing import check_objective
 
@@ -26,6 +26,8 @@ def f64(*values: float) -> Tensor:
         ("rloo", {"beta": 0.0}),
         ("ppo_clip", {}),
         ("ppo_clip", {"epsilon": 0.1, "epsilon_high": 0.28}),
+        ("cispo", {}),
+        ("cispo", {"epsilon_max": 1.1}),
         ("grpo", {}),
         ("grpo", {"beta": 0.0, "epsilon_high": 0.28}),
     ],
@@ -115,6 +117,7 @@ def test_advantages_old_policy_and_reference_of_the_reward_are_data() -> None:
     for losses, _ in (
         ppo_clip(x, old, advantages, owner),
         grpo(x, old, advantages, owner, x.detach()),
+        cispo(x, old, advantages, owner),
         rloo(x, advantages, torch.tensor([0, 0]), old),
         reinforce(x, advantages),
     ):
@@ -141,6 +144,74 @@ def test_no_nan_at_ten_thousand(value: float, advantage: float) -> None:
         assert torch.isfinite(x).all()
     if value < 0:
         assert logps.grad.item() < -1e6, "far below the reference the pull back must not vanish"
+
+
+# --- cispo ---
+@pytest.mark.parametrize(
+    ("ratio", "advantage", "weight"),
+    [
+        (1.0, 2.0, 1.0),
+        (0.01, 2.0, 0.01),  # no lower bound
+        (4.9, 2.0, 4.9),
+        (7.0, 2.0, 5.0),  # capped, and the token still gets its gradient
+        (7.0, -2.0, 5.0),  # whatever the sign of the advantage
+        (7.0, 0.0, 5.0),
+    ],
+)
+def test_cispo_literals(ratio: float, advantage: float, weight: float) -> None:
+    """loss = -weight A log pi; its gradient is -weight A, as the weight is held constant."""
+    logps = f64(-3.0).requires_grad_()
+    old = f64(-3.0 - math.log(ratio))
+    losses, metrics = cispo(logps, old, f64(0.0, advantage), torch.tensor([1]))
+    losses.sum().backward()
+    assert logps.grad is not None
+    assert losses.item() == pytest.approx(3.0 * weight * advantage, rel=1e-13)
+    assert logps.grad.item() == pytest.approx(-weight * advantage, rel=1e-13)
+    assert metrics["ratio"].item() == pytest.approx(ratio, rel=1e-13)
+    assert metrics["capped"].item() == float(ratio > 5.0)
+
+
+def test_cispo_equals_an_independent_float64_reference() -> None:
+    g = np.random.default_rng(1)
+    lp = -g.gamma(2.0, 1.0, 60)
+    old = lp + g.normal(0, 0.7, 60)
+    owner, advantages = g.integers(0, 6, 60), g.normal(0, 1, 6)
+    weights = np.minimum(np.exp(lp) / np.exp(old), 1.5)
+    given = [torch.from_numpy(x) for x in (lp, old, advantages, owner)]
+    given[0].requires_grad_()
+    losses, metrics = cispo(*given, epsilon_max=1.5)
+    np.testing.assert_allclose(losses.detach().numpy(), -weights * advantages[owner] * lp, rtol=1e-11)
+    (slope,) = torch.autograd.grad(losses.sum(), [given[0]])
+    np.testing.assert_allclose(slope.numpy(), -weights * advantages[owner], rtol=1e-11)
+    assert 0 < metrics["capped"].sum() < 60, "the example must touch the cap"
+
+
+def test_cispo_on_its_own_samples_is_reinforce() -> None:
+    logps, advantages = f64(-1.0, -2.0, -0.5).requires_grad_(), f64(1.5, -0.5)
+    owner = torch.tensor([0, 0, 1])
+    (per_token,) = torch.autograd.grad(cispo(logps, logps.detach(), advantages, owner)[0].sum(), [logps])
+    sums = torch.zeros(2, dtype=torch.float64).index_add(0, owner, logps)
+    (whole,) = torch.autograd.grad(reinforce(sums, advantages)[0].sum(), [logps])
+    torch.testing.assert_close(per_token, whole)
+
+
+def test_trap_cispo_cap_is_the_weight_itself_and_not_its_distance_from_one() -> None:
+    """At epsilon_max = 5 a ratio of 5.5 weighs 5; read as a distance from 1 the cap would be 6."""
+    given = (f64(math.log(5.5)), f64(0.0), f64(1.0), torch.tensor([0]))
+    losses, metrics = cispo(*given, epsilon_max=5.0)
+    assert losses.item() == pytest.approx(-5.0 * math.log(5.5), rel=1e-13)
+    assert metrics["capped"].item() == 1.0
+    with pytest.raises(ObjectiveError, match=r"epsilon_max must be >= 1, got 0\.28"):
+        cispo(*given, epsilon_max=0.28)
+
+
+def test_trap_cispo_cap_leaves_the_gradient_that_ppo_clip_takes_away() -> None:
+    logps = f64(math.log(7.0)).requires_grad_()
+    given = (f64(0.0), f64(1.0), torch.tensor([0]))
+    (kept,) = torch.autograd.grad(cispo(logps, *given)[0].sum(), [logps])
+    (lost,) = torch.autograd.grad(ppo_clip(logps, *given)[0].sum(), [logps])
+    assert kept.item() == -5.0
+    assert lost.item() == 0.0
 
 
 # --- grpo ---

@@ -18,9 +18,11 @@ def test_denominators_count_units() -> None:
         "pairs": torch.tensor([[0, 1], [1, 2]]),
         "lengths": LENGTHS,
         "demonstrations": torch.tensor([True, False, True]),
+        "step_labels": torch.tensor([1.0, 0.2, float("nan"), float("nan"), 0.0]),
+        "step_owner": torch.tensor([0, 0, 0, 1, 2]),
     }
-    assert [denominator(name, tensors) for name in REDUCTIONS] == [2.0, 3.0, 6.0, 3.0, 3.0]
-    masked = [denominator(name, tensors, mask="demonstrations") for name in REDUCTIONS]
+    assert [denominator(name, tensors) for name in REDUCTIONS] == [2.0, 3.0, 6.0, 3.0, 3.0, 3.0, 2.0]
+    masked = [denominator(name, tensors, mask="demonstrations") for name in REDUCTIONS[:5]]
     assert masked == [2.0, 2.0, 3.0, 2.0, 2.0]
 
 
@@ -43,6 +45,11 @@ def test_literals() -> None:
     assert reduce(LOSSES, "sequence_mean", owner=OWNER, denominator=3).item() == pytest.approx(expected)
     assert expected == 5.0
     assert expected != 26 / 6, "the two token reductions must differ here"
+
+
+def test_the_two_reductions_of_steps() -> None:
+    assert reduce(LOSSES, "step_mean", denominator=6).item() == pytest.approx(26 / 6)
+    assert reduce(LOSSES, "step_sequence_mean", owner=OWNER, denominator=3).item() == pytest.approx(5.0)
 
 
 def test_sequence_mean_does_not_care_where_the_tokens_lie() -> None:
@@ -102,6 +109,10 @@ def test_wrong_input_is_told() -> None:
         reduce(LOSSES, "sequence_mean", owner=OWNER[:2], denominator=1)
     with pytest.raises(ObjectiveError, match=r"sequence_mean needs owner of shape \(6,\), got None"):
         reduce(LOSSES, "sequence_mean", denominator=1)
+    with pytest.raises(ObjectiveError, match=r"step_sequence_mean needs owner of shape \(6,\), got None"):
+        reduce(LOSSES, "step_sequence_mean", denominator=1)
+    with pytest.raises(ObjectiveError, match="the denominator of step_sequence_mean needs step_owner"):
+        denominator("step_sequence_mean", {"step_labels": LENGTHS})
     with pytest.raises(ObjectiveError, match="the denominator of token_mean needs lengths"):
         denominator("token_mean", {})
     with pytest.raises(ObjectiveError, match="the denominator of token_mean needs demonstrations"):

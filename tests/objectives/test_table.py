@@ -55,7 +55,7 @@ def test_signatures_are_the_configuration() -> None:
     assert hyperparameters(ipo) == {"tau": 0.1, "reduction": "mean"}
     assert hyperparameters(kto) == {"beta": 0.1, "desirable_weight": 1.0, "undesirable_weight": 1.0}
     assert hyperparameters(get("simpo")) == {"beta": 2.5, "gamma": 1.375}
-    assert hyperparameters(get("bradley_terry")) == {"centering": 0.0}
+    assert hyperparameters(get("bradley_terry")) == {"centering": 0.0, "margin": 0.0}
     assert hyperparameters(get("sft")) == {} == hyperparameters(get("reinforce"))
     assert needs(dpo) == ("logps", "ref_logps", "pairs")
     assert optional(dpo) == ("pair_probs",)

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import random
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from steerwell.data.messages import Message
+from steerwell.data.steps import with_steps
 from steerwell.data.types import Annotation, Completion, CompletionGroup, Pair
 from steerwell.models.attention import use_steerwell_attention
 from steerwell.models.load import Policy
@@ -63,6 +65,18 @@ def pair_groups(n: int = 12, seed: int = 0, k: int = 3) -> list[CompletionGroup]
                 scores=tuple(float(k - c) for c in range(k)),
             )
         )
+    return groups
+
+
+def step_groups(n: int = 10, seed: int = 0) -> list[CompletionGroup]:
+    """Groups of two completions of one to three steps, with labels of most steps and a pair."""
+    draw = random.Random(seed)
+    groups = []
+    for i in range(n):
+        steps = [[" ".join(draw.choices(WORDS, k=2)) for _ in range(draw.randint(1, 3))] for _ in range(2)]
+        group = text_group(f"do {i}", ["\n\n".join(own) for own in steps], pairs=(Pair(0, 1),))
+        labels = tuple(tuple(draw.choice((1.0, 0.0, 0.3, None)) for _ in own) for own in steps)
+        groups.append(replace(with_steps(group), step_labels=((1.0, *labels[0][1:]), labels[1])))
     return groups
 
 

@@ -23,7 +23,7 @@ def sampled(n: int, seed: int = 0) -> list[CompletionGroup]:
     return with_scores(groups, LengthJudge()(groups))
 
 
-@pytest.mark.parametrize("objective", ["grpo", "rloo", "ppo_clip", "reinforce"])
+@pytest.mark.parametrize("objective", ["grpo", "cispo", "rloo", "ppo_clip", "reinforce"])
 def test_cutting_a_step_on_samples_changes_nothing(tmp_path: Path, objective: str) -> None:
     data, held_out = sampled(8), sampled(4, seed=1)
     made = {}

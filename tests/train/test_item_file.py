@@ -146,7 +146,6 @@ def test_the_reference_goes_by_parts(tmp_path: Path, monkeypatch: pytest.MonkeyP
         reference=provide.Reference("policy", "", policy.model, weights="w"),
         max_tokens=100,
         layout="auto",
-        pooling="last",
         device=torch.device("cpu"),
     )
     want = dpo_items(7)

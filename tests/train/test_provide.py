@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
+import math
+
 import pytest
 import torch
 from small_runs import pair_groups, text_group, tiny_policy
@@ -12,10 +15,13 @@ from steerwell.data.messages import Message, as_messages
 from steerwell.data.types import CompletionGroup, Pair
 from steerwell.models.load import Policy
 from steerwell.models.reward_model import RewardModel
+from steerwell.models.scoring import ScoringRecipe
 from steerwell.train.items import Item, gather, items_digest, prepare, set_advantages
 from steerwell.train.loop import checked
+from steerwell.train.metrics import Totals
 from steerwell.train.provide import Provider
 from steerwell.train.reference import Reference
+from steerwell.train.step import kl_figures
 from steerwell.train.terms import demonstrations, needed, prune
 
 CPU = torch.device("cpu")
@@ -34,7 +40,6 @@ def provider(policy: Policy, names: set[str], reference: Policy | None = None, *
             "reference": Reference("policy", "", reference.model) if reference else Reference("none"),
             "max_tokens": 10_000,
             "layout": "auto",
-            "pooling": "last",
             "device": CPU,
             **more,
         }  # type: ignore[arg-type]
@@ -176,7 +181,7 @@ def test_reward_scores_are_provided_and_nothing_else_is_computed() -> None:
     policy = tiny_policy()
     model = RewardModel.from_policy(policy)
     items = items_for("bradley_terry", pair_groups(3), policy)
-    source = provider(model, {"scores", "pairs", "pair_probs"}, scoring=True)  # type: ignore[arg-type]
+    source = provider(model, {"scores", "pairs", "pair_probs"}, scoring=ScoringRecipe())  # type: ignore[arg-type]
     out = source.tensors(items, source.targets(items))
     want = [score for scores in model.score([item.tokens.group for item in items]) for score in scores]
     assert out["scores"].tolist() == pytest.approx(want, abs=1e-6)
@@ -231,3 +236,40 @@ def test_an_old_log_prob_for_every_token_or_an_error() -> None:
     ]
     with pytest.raises(InputError, match="has no old_logps"):
         items_for("ppo_clip", [CompletionGroup(group.prompt, tuple(broken), scores=(1.0, 0.0))], policy)
+
+
+def test_a_reference_of_float64_is_summed_in_float64() -> None:
+    """Rounded to float32 the sum over a completion of 20 nats is off by a millionth."""
+    policy, reference = tiny_policy(), tiny_policy(seed=1)
+    for one in (policy, reference):
+        one.model.double()
+    items = items_for("dpo", pair_groups(4), policy)
+    names = {"logps", "ref_logps", "ref_per_token_logps"}
+    fine = provider(policy, names, reference, precision="float64")
+    fine.fill_reference(items)
+    recorded = fine.targets(items)
+    assert recorded["ref_logps"].dtype == torch.float64
+    starts = torch.tensor([0, *(n for item in items for n in item.lengths)]).cumsum(0)
+    sums = [
+        math.fsum(recorded["ref_per_token_logps"][a:b].tolist())
+        for a, b in itertools.pairwise(starts.tolist())
+    ]
+    assert recorded["ref_logps"].tolist() == sums
+    assert recorded["ref_logps"].float().double().tolist() != sums  # so rounding would show
+    coarse = provider(policy, names, reference, precision="float32").targets(items)
+    assert coarse["ref_logps"].dtype == torch.float32
+    torch.testing.assert_close(coarse["ref_logps"], recorded["ref_logps"].float(), atol=0, rtol=0)
+
+
+def test_kl_figures_of_a_float64_policy() -> None:
+    """One completion of two tokens that the policy finds e times as likely as the reference: k1 is 2 nats."""
+    totals = Totals()
+    fine = torch.tensor([-1.0, -2.0], dtype=torch.float64)
+    tensors = {
+        "per_token_logps": fine,
+        "ref_per_token_logps": fine - 1,
+        "owner": torch.tensor([0, 0]),
+        "lengths": torch.tensor([2.0]),
+    }
+    kl_figures(tensors, totals)
+    assert totals.means() == pytest.approx({"kl/k1": 2.0, "kl/k3": 2 * (math.exp(-1) - 1 + 1)}, rel=1e-12)

@@ -102,7 +102,7 @@ def test_grpo_raises_the_reward_it_is_given(tmp_path: Any) -> None:
     assert {"reward/std", "reward/group_std", "completions/tokens", "completions/finished"} <= seen[0].keys()
 
 
-@pytest.mark.parametrize("objective", ["rloo", "reinforce", "ppo_clip"])
+@pytest.mark.parametrize("objective", ["rloo", "reinforce", "ppo_clip", "cispo"])
 def test_the_other_policy_gradients_run(tmp_path: Any, objective: str) -> None:
     policy = grpo(tmp_path / "a", objective=objective, steps=2, skip=4)
     seen = lines(tmp_path / "a")

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import inspect
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
 from steerwell.cli import show, words
 from steerwell.cli.app import app
+from steerwell.cli.eval_data import make_tasks, places
 from steerwell.cli.glossary import METRICS
 from steerwell.data.errors import InputError, nearest
-
-if TYPE_CHECKING:
-    from steerwell.data.types import CompletionGroup
 
 
 @app.command(
@@ -31,7 +29,12 @@ def eval_(
         str | None, typer.Option("--prompts", metavar="P", help="win_rate: a store, a file or world:200.")
     ] = None,
     data: Annotated[
-        str | None, typer.Option("--data", metavar="STORE", help="pair_accuracy: judged pairs.")
+        list[str] | None,
+        typer.Option(
+            "--data",
+            metavar="[TASK=]PATH",
+            help="Judged pairs (a store or a file), or a benchmark's file: --data rewardbench2=FILE. Repeatable.",
+        ),
     ] = None,
     split: Annotated[
         str, typer.Option("--split", help="Which split of --data; all takes the whole store.")
@@ -71,7 +74,7 @@ def eval_(
         raise InputError("win_rate needs a judge", mend="Add, for example, --judge rm:runs/rm.")
     if to is not None:
         words.check_new_store(to)
-    pairs = held_out(data, split, limit) if "pair_accuracy" in wanted else None
+    tasks_made = make_tasks(wanted, places(data or [], wanted), split, limit)
     asked = None if prompts is None else words.prompts(prompts, seed=seed, limit=limit)
     settings: dict[str, Any] = {"base_url": base_url}
     settings["criteria"] = words.names(criteria, "criterion") if criteria else []
@@ -84,10 +87,9 @@ def eval_(
     with show.stages() as progress:
         found = evaluate(
             [loaded[word] for word in dict.fromkeys(models)],
-            wanted,
+            tasks_made,
             judge=by_judge,
             prompts=asked,
-            pairs=pairs,
             against=loaded[against] if against else None,
             n=n,
             seed=seed,
@@ -100,27 +102,6 @@ def eval_(
         with words.new_store(to) as store:
             store.add([group for groups in found.groups.values() for group in groups])
     show.result(found.to_dict(), as_json, lambda: str(found))
-
-
-def held_out(data: str | None, split: str, limit: int | None) -> list[CompletionGroup]:
-    """The judged pairs of a store (or a file, used whole) that ``pair_accuracy`` counts."""
-    from steerwell.data import resolve
-
-    if data is None:
-        raise InputError("pair_accuracy needs judged pairs", mend="Add --data STORE.")
-    if words.is_store(data):
-        with words.existing_store(data) as store:
-            groups = store.groups(split=None if split == "all" else split)
-    else:
-        from steerwell.data.formats import load
-
-        groups = list(load(data))
-    found = [group for group in resolve.majority(groups) if group.pairs][:limit]
-    if not found:
-        raise InputError(
-            f"there are no pairs in the split {split!r}", file=data, mend="Judge them, or --split all."
-        )
-    return found
 
 
 @app.command(
@@ -140,8 +121,9 @@ def explain(
         listed = {kind: sorted(k for k, (its, _) in known.items() if its == kind) for kind in KINDS}
         show.result(listed, as_json, "\n".join(lines))
         return
-    if name not in known and name.removeprefix("eval/") in METRICS:
-        name = name.removeprefix("eval/")
+    if name not in known:
+        parts = (name.removeprefix("eval/"), name.partition("/")[0])
+        name = next((part for part in parts if part in known), name)
     if name not in known:
         raise InputError(f"there is nothing called {name!r} to explain", mend=nearest(name, known))
     kind, text = known[name]
@@ -166,15 +148,22 @@ def catalogue() -> dict[str, tuple[str, str]]:
         "rules": judges.rules,
         "refusal": judges.RefusalJudge.__call__,
         "openai": judges.pairwise,
+        "verifier": judges.verifier,
+        "scored": judges.scored,
     }
     found: dict[str, tuple[str, str]] = {
         name: ("metric", f"{name}: {text}") for name, text in METRICS.items()
     }
-    found |= {name: ("task", _described(name, text, named(name))) for name, text in NAMES.items()}
+    found |= {name: ("task", _task(name, text, named(name))) for name, text in NAMES.items()}
     found |= {name: ("rule", _described(name, "", rule)) for name, rule in RULES.items()}
     found |= {name: ("judge", _described(name, judges.KINDS[name], make)) for name, make in makers.items()}
     found |= dict.fromkeys([*objectives.TABLE, *objectives.MIXTURES], ("objective", ""))
     return found
+
+
+def _task(name: str, line: str, make: Any) -> str:
+    """A task with what its file says at the top: the formulas, and where we differ from the authors."""
+    return f"{_described(name, line, make)}\n\n{inspect.getdoc(inspect.getmodule(make)) or ''}"
 
 
 def _described(name: str, line: str, thing: Any) -> str:
@@ -182,4 +171,4 @@ def _described(name: str, line: str, thing: Any) -> str:
     return f"{name}: {text}" if not line else f"{name}: {line}\n\n{text}"
 
 
-__all__ = ["catalogue", "eval_", "explain", "held_out"]
+__all__ = ["catalogue", "eval_", "explain"]

@@ -19,7 +19,15 @@ if TYPE_CHECKING:
 
 PER_SAVE = 256  # completions that are sampled before they are written down
 # Groups that a judge sees before its verdicts are written down, by kind of judge: fewer where each is dear.
-GROUPS_PER_SAVE = {"openai": 8, "rm": 64, "rules": 256, "refusal": 256, "world": 256}
+GROUPS_PER_SAVE = {
+    "openai": 8,
+    "scored": 4,
+    "rm": 64,
+    "verifier": 64,
+    "rules": 256,
+    "refusal": 256,
+    "world": 256,
+}
 
 
 @app.command(
@@ -115,7 +123,9 @@ def judge(
     by: Annotated[
         str,
         typer.Option(
-            "--with", metavar="JUDGE", help="rm:DIR, rules:max_words:50, refusal, openai:MODEL, world:gold."
+            "--with",
+            metavar="JUDGE",
+            help="rm:DIR, verifier:DIR, rules:max_words:50, refusal, openai:MODEL, scored:openai:MODEL, world:gold.",
         ),
     ],
     split: Annotated[str | None, typer.Option("--split", help="Only this split.")] = None,
@@ -126,6 +136,9 @@ def judge(
     base_url: Annotated[
         str, typer.Option("--base-url", metavar="URL", help="openai: a server of your own.")
     ] = "",
+    question: Annotated[
+        str, typer.Option("--question", help="verifier: what is asked, as it was in training.")
+    ] = "",
     as_json: show.AsJson = False,
 ) -> None:
     """Have a judge look at the completions of a store; its verdicts are added as evidence.
@@ -133,7 +146,7 @@ def judge(
     What this judge has decided already is not asked again; what failed is. An interrupted command goes on
     where it stopped. Nothing is overwritten.
     """
-    settings: dict[str, Any] = {"base_url": base_url}
+    settings: dict[str, Any] = {"base_url": base_url, "question": question}
     settings["criteria"] = words.names(criteria, "criterion") if criteria else []
     with words.existing_store(store) as opened:
         groups = [group for group in opened.groups(split=split) if group.completions][:limit]
@@ -190,12 +203,29 @@ def undecided(group: CompletionGroup, name: str) -> bool:
 
 
 @app.command(
-    epilog="Example: steerwell train dpo.toml --set beta=0.05 --set train.learning_rate=1e-6",
+    epilog="Example: steerwell train dpo.toml --set beta=0.05 --set train.learning_rate=1e-6\n\n"
+    "Example: steerwell train dpo.toml --compare dpo,dpo:beta=0.5,ipo,simpo,kto --set out=runs/compare",
 )
 def train(
     recipe: Annotated[Path, typer.Argument(metavar="RECIPE.toml")],
     overrides: Annotated[
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change a setting of the recipe.")
+    ] = None,
+    compare: Annotated[
+        str | None,
+        typer.Option(
+            "--compare",
+            metavar="NAME,…",
+            help="Train these objectives instead, each into OUT/NAME, and compare them on the held-out pairs. "
+            "NAME:key=value sets a hyperparameter or the learning_rate of one.",
+        ),
+    ] = None,
+    samples: Annotated[
+        int | None,
+        typer.Option("--samples", min=1, help="--compare: held-out prompts to sample, for KL (200)."),
+    ] = None,
+    max_new_tokens: Annotated[
+        int | None, typer.Option("--max-new-tokens", min=1, help="--compare: tokens per sample (256).")
     ] = None,
     as_json: show.AsJson = False,
 ) -> None:
@@ -206,9 +236,44 @@ def train(
     from steerwell.train.config import Recipe
 
     asked = Recipe.from_toml(recipe, overrides or ())
+    if compare is None:
+        if samples is not None or max_new_tokens is not None:
+            raise InputError("--samples and --max-new-tokens are for --compare", mend="Leave them out.")
+        train_one(asked, as_json)
+    else:
+        compare_all(asked, compare, samples or 200, max_new_tokens or 256, as_json)
+
+
+def compare_all(recipe: Any, compare: str, samples: int, max_new_tokens: int, as_json: bool) -> None:
+    """Train the objectives that are named and show how they compare."""
+    entries = words.names(compare, "objective")
+    places = _places(recipe)
+    words.prepare_torch()
+    from steerwell.pipelines.compare import compare as compare_objectives
+    from steerwell.pipelines.compare_report import table
+
+    with show.stages() as progress:
+        found = compare_objectives(
+            recipe.model_copy(update=places),
+            entries,
+            samples=samples,
+            max_new_tokens=max_new_tokens,
+            progress=progress,
+        )
+    show.result(found, as_json, lambda: table(found))
+
+
+def _places(asked: Any) -> dict[str, str]:
+    """Where the models of a recipe are."""
     places = {"model": words.model_path(asked.model)}
     if asked.reference not in ("start", "none"):
         places["reference"] = words.model_path(asked.reference)
+    return places
+
+
+def train_one(asked: Any, as_json: bool) -> None:
+    """Train by a recipe and show what it came to."""
+    places = _places(asked)
     words.prepare_torch()
     by_judge = None if asked.judge is None else words.judge(asked.judge)
     from steerwell.train.recipe import run_recipe

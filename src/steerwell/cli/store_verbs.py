@@ -94,7 +94,8 @@ def export(
 ) -> None:
     """Write what a store holds as a file that other tools read.
 
-    Pairs are resolved by majority, labels by majority of labels. Says what the format cannot carry.
+    Pairs are resolved by majority, labels by majority of labels, those of steps by the mean. Says what the format
+    cannot carry.
     """
     from steerwell.data.formats import WRITE_FORMATS, save
 
@@ -123,12 +124,16 @@ def resolved(
     from steerwell.data import resolve
 
     groups = store.groups(split=split)
-    if format not in ("trl-preference", "trl-unpaired"):
+    rules = {
+        "trl-preference": (resolve.majority, "pair"),
+        "trl-unpaired": (resolve.labels, "label"),
+        "trl-stepwise": (resolve.step_labels, "labelled step"),
+    }
+    if format not in rules:
         return groups, ""
-    rule = resolve.majority if format == "trl-preference" else resolve.labels
+    rule, need = rules[format]
     found = rule(groups, criterion=criterion)
     if not found:
-        need = "pair" if format == "trl-preference" else "label"
         raise InputError(
             f"{format} needs {need}s; 0 of {len(groups)} groups have one",
             file=store.name,

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from steerwell.data.store import Store
     from steerwell.judges import Judge
     from steerwell.models.load import Policy
+    from steerwell.models.reward_ensemble import RewardEnsemble
     from steerwell.models.reward_model import RewardModel
 
 SQLITE = b"SQLite format 3\x00"
@@ -44,15 +45,17 @@ def model_path(word: str) -> str:
     return word
 
 
-def load_model(word: str) -> Policy | RewardModel:
-    """The reward model or policy that lies there; its name is the word as given."""
+def load_model(word: str) -> Policy | RewardModel | RewardEnsemble:
+    """The reward model, ensemble or policy that lies there; its name is the word as given."""
     path = model_path(word)
     config = Path(path) / "config.json"
     classifier = config.is_file() and "ForSequenceClassification" in config.read_text("utf-8")
-    if classifier or (Path(path) / "steerwell_scoring.json").exists():
-        from steerwell.models.reward_model import load_reward_model
+    if classifier or any(
+        (Path(path) / f"steerwell_{name}.json").exists() for name in ("scoring", "ensemble")
+    ):
+        from steerwell.models.reward_ensemble import load_scorer
 
-        return load_reward_model(path, name=word)
+        return load_scorer(path, name=word)
     from steerwell.models.load import load_policy
 
     return load_policy(path, name=word)
@@ -154,8 +157,10 @@ def judge(word: str, **settings: Any) -> Judge:
     if word.partition(":")[0] not in judges.KINDS:
         known = [*(f"{kind}:…" if kind != "refusal" else kind for kind in judges.KINDS), "world:gold"]
         raise InputError(f"unknown judge {word!r}", mend=nearest(word, known))
-    if word.startswith("rm:"):
+    if word.startswith(("rm:", "verifier:")):
         prepare_torch()
+    if word.startswith("verifier:world:"):
+        word = "verifier:" + model_path(word.removeprefix("verifier:"))
     return judges.parse(word, **{k: v for k, v in settings.items() if v})
 
 

@@ -11,9 +11,15 @@ from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
 from steerwell.data.errors import InputError, nearest
+from steerwell.data.steps import verdict_problem
 from steerwell.data.types import ANNOTATION_KINDS, Annotation
 
-SHOWN = {"preference": 2, "score": 1, "label": 1}  # how many completions an annotation of a kind is about
+SHOWN = {
+    "preference": 2,
+    "score": 1,
+    "label": 1,
+    "steps": 1,
+}  # how many completions an annotation of a kind is about
 PREFERENCES = (0, 1, "tie", "both_bad")
 
 
@@ -41,6 +47,9 @@ def _value_problem(annotation: Annotation) -> str:
         return "" if known else "0, 1, 'tie', 'both_bad' or None"
     if kind == "score":
         return "" if _is_number(value) else "a finite number or None"
+    if kind == "steps":
+        wanted = verdict_problem(value)
+        return wanted and f"{wanted}, or None"
     if kind == "label":
         return "" if isinstance(value, bool) else "True, False or None"
     if kind == "ranking":
@@ -98,9 +107,14 @@ def comparisons(annotation: Annotation, *, best_worst: bool = False) -> Iterator
                     yield Comparison(shown[i], shown[j], winner)
 
 
+def as_value(value: Any) -> Any:
+    """The value of an annotation as it was, from what JSON made of it: lists are tuples."""
+    return tuple(as_value(one) for one in value) if isinstance(value, list) else value
+
+
 def unique(annotations: Iterable[Annotation]) -> list[Annotation]:
     """The annotations without repeats, in order: one that spans groups is met once per group."""
     return list({a.id: a for a in annotations}.values())
 
 
-__all__ = ["Comparison", "check_annotation", "comparisons", "unique"]
+__all__ = ["Comparison", "as_value", "check_annotation", "comparisons", "unique"]

@@ -19,14 +19,15 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-from steerwell.data import hh, native, trl
+from steerwell.data import hh, native, stepwise, trl
 from steerwell.data.errors import InputError, nearest
 from steerwell.data.gather import DropRow, Gather, Item, Row
 from steerwell.data.types import CompletionGroup
 
-READERS: dict[str, Callable[[Row], list[Item]]] = {**trl.READERS, "hh": hh.read_row}
+READERS: dict[str, Callable[[Row], list[Item]]] = {**trl.READERS, **stepwise.READERS, "hh": hh.read_row}
 READ_FORMATS = (*READERS, "native")
-WRITE_FORMATS = (*trl.WRITERS, "native")
+WRITERS = {**trl.WRITERS, "trl-stepwise": stepwise.write_stepwise}
+WRITE_FORMATS = (*WRITERS, "native")
 _ROWS_SHOWN = 8
 MEND_JSON = "Write one JSON object a line (JSONL)."
 
@@ -83,7 +84,8 @@ def load(
     """Read a JSONL file (or .gz) of preferences, labels, demonstrations, prompts, or of our own format.
 
     ``format`` is found out from the first row, or one of ``trl-preference``, ``trl-unpaired``,
-    ``trl-prompt-completion``, ``trl-prompt-only``, ``trl-messages``, ``hh``, ``native``. Rows about one
+    ``trl-prompt-completion``, ``trl-prompt-only``, ``trl-messages``, ``trl-stepwise``, ``prm800k``,
+    ``math-shepherd``, ``step-dpo``, ``hh``, ``native``. Rows about one
     prompt become one group, verdicts become annotations by ``dataset:<file name>`` (or the row's
     ``annotator``). Texts are taken as they are, to the last space.
 
@@ -147,7 +149,7 @@ def _detect(row: Row) -> str:
         return "native"
     if hh.is_hh(row.value):
         return "hh"
-    found = trl.detect(row.value)
+    found = stepwise.detect(row.value) or trl.detect(row.value)
     if found:
         return found
     keys = ", ".join(sorted(row.value)) or "none"
@@ -234,11 +236,13 @@ _NEEDS = {
     "trl-preference": "no group has pairs; derive them first: steerwell.resolve.majority(groups)",
     "trl-unpaired": "no completion has a label; derive them first: steerwell.resolve.labels(groups)",
     "trl-prompt-completion": "there is no completion to write",
+    "trl-stepwise": "no step has a label; derive them first: steerwell.resolve.step_labels(groups)",
 }
 
 
 def save(groups: Iterable[CompletionGroup], path: str | Path, format: str = "native") -> SaveReport:
-    """Write groups as ``native``, ``trl-preference``, ``trl-unpaired`` or ``trl-prompt-completion``.
+    """Write groups as ``native``, ``trl-preference``, ``trl-unpaired``, ``trl-prompt-completion`` or
+    ``trl-stepwise``.
 
     JSONL, or gzip when the name ends with .gz; conversational rows. The file appears whole or not at all. The
     report says what the format can't carry: only ``native`` is lossless. Raises :class:`InputError` for an
@@ -254,7 +258,7 @@ def save(groups: Iterable[CompletionGroup], path: str | Path, format: str = "nat
     if format == "native":
         rows: Iterable[Mapping[str, Any]] = map(native.write_group, listed)
     else:
-        rows = [row for group in listed for row in trl.WRITERS[format](group)]
+        rows = [row for group in listed for row in WRITERS[format](group)]
         if not rows:
             raise InputError(_NEEDS[format], file=path, mend="Nothing was written.")
     count = _write(rows, path)
@@ -301,6 +305,9 @@ def _lost(groups: list[CompletionGroup], format: str) -> Iterator[str]:
             counts["completions without a pair"] += len(group.completions) - len(named)
         else:
             counts["pairs"] += len(group.pairs)
+        told = sum(len(stepwise.labelled(own)) for own in group.step_labels or ())
+        given = sum(x is not None for own in group.step_labels or () for x in own or ())
+        counts["labels of steps"] += given - (told if format == "trl-stepwise" else 0)
         if format == "trl-unpaired":
             labels = group.labels or (None,) * len(group.completions)
             counts["completions without a label"] += sum(label is None for label in labels)

@@ -68,7 +68,8 @@ class Item:
     """What one row says: a prompt, texts that answer it, and verdicts about them.
 
     ``preferred``: the first text is better than the second. ``label`` is about the first text, ``scores`` has
-    one entry per text. ``flags`` are words for the report.
+    one entry per text, and so has ``steps``: the (end, verdict) of each of its steps. ``finished`` is that of texts
+    which no earlier row had. ``flags`` are words for the report.
     """
 
     prompt: Messages
@@ -76,6 +77,8 @@ class Item:
     preferred: bool = False
     label: bool | None = None
     scores: tuple[float | None, ...] = ()
+    steps: tuple[tuple[tuple[int, float | None], ...] | None, ...] = ()
+    finished: bool | None = None
     strength: float | None = None
     annotator: str | None = None
     criterion: str = "overall"
@@ -108,7 +111,10 @@ class Gather:
         for key, value in item.meta.items():
             group.meta.setdefault(key, value)
         source = Source("dataset", self.file_name)
-        found = [group.completions.setdefault(t, Completion(item.prompt, t, source)) for t in item.texts]
+        found = [
+            group.completions.setdefault(t, Completion(item.prompt, t, source, finished=item.finished))
+            for t in item.texts
+        ]
         for annotation in self._annotations(item, found):
             self.repeated_verdicts += annotation.id in group.annotations
             group.annotations.setdefault(annotation.id, annotation)
@@ -128,6 +134,9 @@ class Gather:
         for completion, score in zip(found, item.scores, strict=False):
             if score is not None:
                 made.append(Annotation("score", (completion.id,), who, score, item.criterion))
+        for completion, steps in zip(found, item.steps, strict=False):
+            if steps is not None:
+                made.append(Annotation("steps", (completion.id,), who, steps, item.criterion))
         return made
 
     def groups(self) -> list[CompletionGroup]:

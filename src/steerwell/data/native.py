@@ -10,8 +10,9 @@ from dataclasses import MISSING, fields
 from typing import Any
 
 from steerwell.data.errors import InputError
-from steerwell.data.evidence import check_annotation
+from steerwell.data.evidence import as_value, check_annotation
 from steerwell.data.gather import Row
+from steerwell.data.steps import check_steps
 from steerwell.data.types import Annotation, Completion, CompletionGroup, Pair, Source
 
 VERSION = 1
@@ -44,9 +45,13 @@ def write_group(group: CompletionGroup) -> dict[str, Any]:
     targets = {
         "annotations": [_plain(a, _ANNOTATION) for a in group.annotations],
         "pairs": [list(p) for p in group.pairs],
+        "pair_strengths": group.pair_strengths,
         "scores": group.scores,
         "labels": group.labels,
         "ranks": group.ranks,
+        "attributes": {name: list(values) for name, values in (group.attributes or {}).items()},
+        "steps": group.steps,
+        "step_labels": group.step_labels,
         "meta": dict(group.meta),
     }
     return row | {k: v for k, v in targets.items() if v not in (None, [], {})}
@@ -87,22 +92,36 @@ def _read(row: Row) -> CompletionGroup:
     pairs = tuple(Pair(*p) for p in value.get("pairs", []))
     if any(not 0 <= k < len(completions) for p in pairs for k in p[:2]):
         row.fail("a pair names a completion that is not in the group", "Count from 0.")
-    targets = {k: tuple(value[k]) for k in ("scores", "labels", "ranks") if value.get(k) is not None}
-    for name, target in targets.items():
+    names = ("scores", "labels", "ranks", "steps", "step_labels")
+    targets: dict[str, Any] = {k: as_value(value[k]) for k in names if value.get(k) is not None}
+    strengths = value.get("pair_strengths")
+    if strengths is not None and len(strengths) != len(pairs):
+        row.fail(f"{len(strengths)} pair_strengths for {len(pairs)} pairs", "Give one for each, or null.")
+    strengths = None if strengths is None else tuple(strengths)
+    attributes = {name: tuple(found) for name, found in (value.get("attributes") or {}).items()}
+    for name, target in {**targets, **attributes}.items():
         if len(target) != len(completions):
             row.fail(
                 f"{len(target)} {name} for {len(completions)} completions", "Give one for each, or null."
             )
-    return CompletionGroup(
-        prompt, tuple(completions), annotations, pairs, **targets, meta=value.get("meta", {})
+    group = CompletionGroup(
+        prompt,
+        tuple(completions),
+        annotations,
+        pairs,
+        **targets,
+        pair_strengths=strengths,
+        attributes=attributes or None,
+        meta=value.get("meta", {}),
     )
+    check_steps(group)
+    return group
 
 
 def _read_annotation(value: Mapping[str, Any]) -> Annotation:
     given = dict(value)
     given["completions"] = tuple(given["completions"])
-    if isinstance(given["value"], list):
-        given["value"] = tuple(given["value"])
+    given["value"] = as_value(given["value"])
     return Annotation(**given)
 
 

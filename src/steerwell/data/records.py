@@ -12,7 +12,7 @@ from sqlalchemy.dialects import postgresql, sqlite
 
 from steerwell.data import schema
 from steerwell.data.errors import InputError
-from steerwell.data.evidence import check_annotation
+from steerwell.data.evidence import as_value, check_annotation
 from steerwell.data.messages import Message, Messages, canonical, chain
 from steerwell.data.numbers import pack_floats, pack_ints, unpack
 from steerwell.data.splits import split_root
@@ -159,12 +159,11 @@ def _annotation_row(a: Annotation) -> dict[str, Any]:
 
 def read_annotation(row: Any, about: Sequence[str]) -> Annotation:
     """An annotation from its row."""
-    value = json.loads(row.value)
     annotation = Annotation(
         kind=row.kind,
         completions=tuple(about),
         annotator=row.annotator,
-        value=tuple(value) if isinstance(value, list) else value,
+        value=as_value(json.loads(row.value)),
         criterion=row.criterion,
         strength=row.strength,
         rationale=row.rationale,

@@ -5,6 +5,9 @@ soft      pairs with the share of votes as probability
 mean      scores, the mean of each completion's scores
 labels    labels, by most votes (or from preferences)
 ranks     ranks, by the votes that each completion wins against the others of its prompt
+strengths pairs by the sign of the votes' mean strength, with that strength
+attributes scores by criterion: one column for each
+step_labels  a probability for each step, by the votes on it
 
 Each returns a list of groups with a ``.report`` of what was counted. An annotation without a verdict never
 counts as anything. Groups that get no target are left out, and the report says how many. The inputs are not
@@ -13,70 +16,24 @@ changed; targets that a group already has stay, so that the rules can be applied
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
-from typing import Any, Literal
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from typing import Literal
 
-from steerwell.data.errors import InputError
-from steerwell.data.evidence import comparisons
+from steerwell.data.ballots import (
+    ballots,
+    by_criterion,
+    graded_votes,
+    step_verdicts,
+    values_of,
+    with_evidence,
+)
+from steerwell.data.errors import InputError, nearest
+from steerwell.data.resolve_report import Resolved, ResolveReport
 from steerwell.data.types import Annotation, CompletionGroup, Pair
 
 Ties = Literal["drop", "half"]
-
-
-@dataclass
-class ResolveReport:
-    """What was counted. Annotations are counted once for each group that they are about."""
-
-    rule: str
-    groups: int = 0  # given
-    resolved: int = 0  # with a target
-    used: int = 0  # annotations that gave a vote
-    no_verdict: int = 0  # annotations that failed or were skipped
-    both_bad: int = 0  # annotations that prefer neither, as both are bad: no vote
-    across: int = 0  # annotations that compare completions of different prompts: no vote
-    equal_texts: int = 0  # comparisons of two samples with the same text: no vote
-    ties: int = 0  # votes that are a tie
-    undecided: int = 0  # pairs or completions with as many votes for as against
-    too_few: int = 0  # pairs or completions with fewer than min_votes votes
-    disagreements: int = 0  # pairs or completions with votes both ways
-    pairs: int = 0
-    scores: int = 0
-    labels: int = 0
-    ranks: int = 0
-
-    def to_dict(self) -> dict[str, Any]:
-        """All counts by name."""
-        return asdict(self)
-
-    def __str__(self) -> str:
-        made = ", ".join(
-            f"{n} {w}" for w in ("pairs", "scores", "labels", "ranks") if (n := getattr(self, w))
-        )
-        words = {
-            "no_verdict": "without a verdict",
-            "both_bad": "both bad",
-            "across": "across prompts",
-            "equal_texts": "comparisons of equal texts",
-            "ties": "tied votes",
-            "undecided": "undecided",
-            "too_few": "with too few votes",
-            "disagreements": "disagreements",
-        }
-        rest = [f"{n} {word}" for key, word in words.items() if (n := getattr(self, key))]
-        head = f"{self.rule}: {made or 'no targets'} from {self.used} annotations"
-        return "; ".join([f"{head} in {self.resolved} of {self.groups} groups", *rest])
-
-
-class Resolved(list[CompletionGroup]):
-    """The groups that got a target, with the ``report`` of how."""
-
-    report: ResolveReport
-
-    def __init__(self, groups: Iterable[CompletionGroup], report: ResolveReport) -> None:
-        super().__init__(groups)
-        self.report = report
+AfterError = Literal["keep", "drop", "wrong"]
 
 
 def majority(
@@ -100,7 +57,7 @@ def majority(
     _check(min_votes, ties=ties, pairs=pairs)
     report = ResolveReport("majority")
     result = []
-    for group, votes in _ballots(groups, annotations, criterion, pairs == "best_worst", report):
+    for group, votes in ballots(groups, annotations, criterion, pairs == "best_worst", report):
         edges = []
         for (i, j), (for_i, for_j, tied) in votes.items():
             if not _enough(for_i, for_j, tied, min_votes, report):
@@ -136,7 +93,7 @@ def soft(
         raise InputError(f"smoothing must be 0 or more, got {smoothing}", mend="1 is Laplace's rule.")
     report = ResolveReport("soft")
     result = []
-    for group, votes in _ballots(groups, annotations, criterion, pairs == "best_worst", report):
+    for group, votes in ballots(groups, annotations, criterion, pairs == "best_worst", report):
         edges = []
         for (i, j), (for_i, for_j, tied) in votes.items():
             if not _enough(for_i, for_j, 0 if ties == "drop" else tied, max(min_votes, 1), report):
@@ -164,7 +121,7 @@ def mean(
     _check(min_votes)
     report = ResolveReport("mean")
     result = []
-    for group, values in _values(groups, annotations, "score", criterion, report):
+    for group, values in values_of(groups, annotations, "score", criterion, report):
         scores = []
         for given in values:
             report.too_few += 0 < len(given) < min_votes
@@ -174,6 +131,85 @@ def mean(
             report.scores += made
             report.resolved += 1
             result.append(replace(group, scores=tuple(scores)))
+    return Resolved(result, report)
+
+
+def attributes(
+    groups: Iterable[CompletionGroup],
+    *,
+    annotations: Iterable[Annotation] | None = None,
+    min_votes: int = 1,
+    criteria: Sequence[str] | None = None,
+) -> Resolved:
+    """Scores by name: for each criterion the mean of each completion's score annotations, None where fewer than
+    ``min_votes`` gave one.
+
+    ``criteria`` names the columns and their order; by default all criteria that some score annotation has, sorted.
+    Groups without any are left out. Raises :class:`InputError` for a criterion that no score annotation has.
+    """
+    _check(min_votes)
+    report = ResolveReport("attributes")
+    given = [
+        (group, [list(by_criterion(group, c)) for c in group.completions])
+        for group in with_evidence(groups, annotations)
+    ]
+    report.groups = len(given)
+    found = {name for _, rows in given for row in rows for name, _ in row}
+    names = sorted(found) if criteria is None else list(criteria)
+    for name in names:
+        if name not in found:
+            raise InputError(f"no score annotation has the criterion {name!r}", mend=nearest(name, found))
+    result = []
+    for group, rows in given:
+        table: dict[str, tuple[float | None, ...]] = {}
+        for name in names:
+            votes = [[value for own, value in row if own == name] for row in rows]
+            report.used += sum(map(len, votes))
+            report.too_few += sum(0 < len(v) < min_votes for v in votes)
+            table[name] = tuple(sum(v) / len(v) if len(v) >= min_votes else None for v in votes)
+        if any(value is not None for values in table.values() for value in values):
+            report.resolved += 1
+            result.append(replace(group, attributes=table))
+    report.attributes = len(names)
+    return Resolved(result, report)
+
+
+def strengths(
+    groups: Iterable[CompletionGroup],
+    *,
+    annotations: Iterable[Annotation] | None = None,
+    min_votes: int = 1,
+    ties: Ties = "half",
+    criterion: str | None = None,
+) -> Resolved:
+    """Pairs with how much better the chosen one is: the mean over the preferences of ``strength``, taken as negative
+    where the other side is preferred and as 0 for a tie. The side that it favours is chosen.
+
+    ``p`` is 1; a pair at strength 0 has p = 0.5 and is kept (``ties="half"``) or left out (``ties="drop"``).
+    Preferences without a strength say which side, not how much: a pair with no other kind is decided by most votes
+    and has no strength (None).
+    """
+    _check(min_votes, ties=ties)
+    report = ResolveReport("strengths")
+    result = []
+    for group in with_evidence(groups, annotations):
+        report.groups += 1
+        edges: list[Pair] = []
+        sizes: list[float | None] = []
+        for (i, j), votes in graded_votes(group, criterion, report).items():
+            signs, graded = [sign for sign, _ in votes], [s for _, s in votes if s is not None]
+            for_i, for_j = signs.count(1), signs.count(-1)
+            if not _enough(for_i, for_j, signs.count(0), min_votes, report):
+                continue
+            mean = sum(graded) / len(graded) if any(s for _, s in votes if s is not None) else None
+            lean = for_i - for_j if mean is None else mean
+            report.undecided += lean == 0
+            report.strengths += mean is not None
+            size = None if mean is None else abs(mean)
+            if lean != 0 or ties == "half":
+                edges.append(Pair(i, j, 0.5) if lean == 0 else Pair(i, j) if lean > 0 else Pair(j, i))
+                sizes.append(0.0 if mean is None and not (for_i or for_j) else size)
+        _keep(result, replace(group, pair_strengths=tuple(sizes)), edges, report)
     return Resolved(result, report)
 
 
@@ -193,10 +229,10 @@ def labels(
     _check(min_votes)
     report = ResolveReport("labels")
     if from_preferences:
-        ballots = _ballots(groups, annotations, criterion, False, report)
-        votes_of = ((group, _wins_and_losses(len(group.completions), votes)) for group, votes in ballots)
+        read = ballots(groups, annotations, criterion, False, report)
+        votes_of = ((group, _wins_and_losses(len(group.completions), votes)) for group, votes in read)
     else:
-        votes_of = _values(groups, annotations, "label", criterion, report)
+        votes_of = values_of(groups, annotations, "label", criterion, report)
     result = []
     for group, votes in votes_of:
         decided = [_label(given, min_votes, report) for given in votes]
@@ -222,7 +258,7 @@ def ranks(
     _check(min_votes)
     report = ResolveReport("ranks")
     result = []
-    for group, votes in _ballots(groups, annotations, criterion, False, report):
+    for group, votes in ballots(groups, annotations, criterion, False, report):
         shares: list[list[float]] = [[] for _ in group.completions]
         counts = [0] * len(group.completions)
         for (i, j), (for_i, for_j, tied) in votes.items():
@@ -244,6 +280,67 @@ def ranks(
             placed = tuple(None if point is None else order.index(point) for point in points)
             result.append(replace(group, ranks=placed))
     return Resolved(result, report)
+
+
+def step_labels(
+    groups: Iterable[CompletionGroup],
+    *,
+    annotations: Iterable[Annotation] | None = None,
+    min_votes: int = 1,
+    criterion: str | None = None,
+    votes: Literal["mean", "majority"] = "mean",
+    after_first_error: AfterError = "keep",
+) -> Resolved:
+    """Steps with labels: the mean of the verdicts on each step (right is 1, wrong 0), or with ``votes="majority"``
+    1 or 0 by most of them, a verdict of exactly 0.5 being for neither side. None where fewer than ``min_votes`` gave a
+    verdict, and where a majority is undecided.
+
+    A completion gets the steps that most of its annotations cut it into. ``after_first_error`` says what becomes of
+    the labels behind the first one below 0.5: they stay ("keep"), are None ("drop": nobody can say what a step is
+    worth that builds on a wrong one; annotators of PRM800K stopped there), or are 0 ("wrong").
+    """
+    _check(min_votes)
+    if votes not in ("mean", "majority"):
+        raise InputError(f"unknown count of votes {votes!r}", mend="Write 'mean' or 'majority'.")
+    if after_first_error not in ("keep", "drop", "wrong"):
+        raise InputError(
+            f"unknown after_first_error {after_first_error!r}", mend="Write 'keep', 'drop' or 'wrong'."
+        )
+    report = ResolveReport("step_labels")
+    result = []
+    for group, cuts, verdicts in step_verdicts(groups, annotations, criterion, report):
+        decided = [
+            None if own is None else _after_error(_decided(own, votes, min_votes, report), after_first_error)
+            for own in verdicts
+        ]
+        made = sum(label is not None for own in decided for label in own or ())
+        if made:
+            report.step_labels += made
+            report.resolved += 1
+            result.append(replace(group, steps=tuple(cuts), step_labels=tuple(decided)))
+    return Resolved(result, report)
+
+
+def _decided(
+    verdicts: Sequence[Sequence[float]], votes: str, min_votes: int, report: ResolveReport
+) -> tuple[float | None, ...]:
+    found: list[float | None] = []
+    for own in verdicts:
+        if votes == "majority":
+            label = _label([v > 0.5 for v in own if v != 0.5], min_votes, report)
+            found.append(None if label is None else float(label))
+            continue
+        report.disagreements += len({v > 0.5 for v in own if v != 0.5}) > 1
+        report.too_few += 0 < len(own) < min_votes
+        found.append(sum(own) / len(own) if len(own) >= min_votes else None)
+    return tuple(found)
+
+
+def _after_error(labels: tuple[float | None, ...], rule: AfterError) -> tuple[float | None, ...]:
+    first = next((i for i, label in enumerate(labels) if label is not None and label < 0.5), len(labels))
+    if rule == "keep":
+        return labels
+    return labels[: first + 1] + (None if rule == "drop" else 0.0,) * (len(labels) - first - 1)
 
 
 def _check(min_votes: int, *, ties: str = "drop", pairs: str = "all") -> None:
@@ -290,79 +387,15 @@ def _keep(
         result.append(replace(group, pairs=tuple(edges)))
 
 
-def _with_evidence(
-    groups: Iterable[CompletionGroup], annotations: Iterable[Annotation] | None
-) -> Iterator[CompletionGroup]:
-    """The groups with the annotations to count: their own, or those given that name their completions."""
-    if annotations is None:
-        yield from groups
-        return
-    about: dict[str, list[Annotation]] = defaultdict(list)
-    for annotation in annotations:
-        for completion in annotation.completions:
-            about[completion].append(annotation)
-    for group in groups:
-        found = {id(a): a for c in group.completions for a in about.get(c.id, ())}
-        yield replace(group, annotations=tuple(found.values()))
-
-
-def _ballots(
-    groups: Iterable[CompletionGroup],
-    annotations: Iterable[Annotation] | None,
-    criterion: str | None,
-    best_worst: bool,
-    report: ResolveReport,
-) -> Iterator[tuple[CompletionGroup, dict[tuple[int, int], list[int]]]]:
-    """Each group with its votes: ``{(i, j): [for i, for j, ties]}``, i < j, in the order first voted on."""
-    for group in _with_evidence(groups, annotations):
-        report.groups += 1
-        position = {c.id: k for k, c in enumerate(group.completions)}
-        votes: dict[tuple[int, int], list[int]] = {}
-        for annotation in group.annotations:
-            if annotation.kind not in ("preference", "ranking"):
-                continue
-            if criterion is not None and annotation.criterion != criterion:
-                continue
-            report.no_verdict += annotation.value is None
-            report.both_bad += annotation.value == "both_bad"
-            used = stated = False
-            for first, second, winner in comparisons(annotation, best_worst=best_worst):
-                stated = True
-                if first not in position or second not in position:
-                    continue
-                used = True
-                i, j = position[first], position[second]
-                if group.completions[i].messages == group.completions[j].messages:
-                    report.equal_texts += 1
-                    continue
-                report.ties += winner is None
-                slot = 2 if winner is None else winner if i < j else 1 - winner
-                votes.setdefault((min(i, j), max(i, j)), [0, 0, 0])[slot] += 1
-            report.used += used
-            report.across += stated and not used
-        yield group, votes
-
-
-def _values(
-    groups: Iterable[CompletionGroup],
-    annotations: Iterable[Annotation] | None,
-    kind: str,
-    criterion: str | None,
-    report: ResolveReport,
-) -> Iterator[tuple[CompletionGroup, list[list[Any]]]]:
-    """Each group with the values given to each of its completions."""
-    for group in _with_evidence(groups, annotations):
-        report.groups += 1
-        position = {c.id: k for k, c in enumerate(group.completions)}
-        values: list[list[Any]] = [[] for _ in group.completions]
-        for annotation in group.annotations:
-            if annotation.kind != kind or (criterion is not None and annotation.criterion != criterion):
-                continue
-            report.no_verdict += annotation.value is None
-            if annotation.value is not None and annotation.completions[0] in position:
-                values[position[annotation.completions[0]]].append(annotation.value)
-                report.used += 1
-        yield group, values
-
-
-__all__ = ["ResolveReport", "Resolved", "labels", "majority", "mean", "ranks", "soft"]
+__all__ = [
+    "ResolveReport",
+    "Resolved",
+    "attributes",
+    "labels",
+    "majority",
+    "mean",
+    "ranks",
+    "soft",
+    "step_labels",
+    "strengths",
+]

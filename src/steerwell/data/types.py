@@ -14,12 +14,13 @@ from typing import Any, Literal, NamedTuple
 
 from steerwell.data.messages import Messages, conversation_id, digest, text
 
-AnnotationKind = Literal["preference", "score", "label", "ranking", "critique", "correction"]
+AnnotationKind = Literal["preference", "score", "label", "ranking", "steps", "critique", "correction"]
 ANNOTATION_KINDS: tuple[AnnotationKind, ...] = (
     "preference",
     "score",
     "label",
     "ranking",
+    "steps",
     "critique",
     "correction",
 )
@@ -101,6 +102,8 @@ class Annotation:
     score      a number
     label      True (good) or False (bad)
     ranking    a tuple with the rank of each completion shown, 1 is best, equal ranks are ties
+    steps      a tuple of (end, verdict), one for each step of the text (see :mod:`steerwell.data.steps`);
+               a verdict is True (right), False, the probability that the step is right, or None
     critique   text
     correction text: what the completion should have said
     ========== ===================================================================================
@@ -152,7 +155,11 @@ class CompletionGroup:
 
     ``annotations`` may name completions of other groups too. ``pairs`` are edges; ``scores``, ``labels`` and
     ``ranks`` (0 is best) have one entry per completion (None where there is no verdict) or are None altogether,
-    and so have ``token_weights``: one weight per scored token of the completion.
+    and so have ``token_weights``: one weight per scored token of the completion; ``steps``: the character ends of
+    its steps; and ``step_labels``: the probability that each step is right, None where nobody says. ``attributes`` are
+    scores by name (helpfulness, verbosity): for each name one entry per completion; all groups of a data set have the
+    same names. ``pair_strengths`` say of each pair by how much the chosen one is better: 0 a tie, 1 slightly, 2
+    clearly, 3 by far, None where nobody said.
     """
 
     prompt: Messages
@@ -163,6 +170,10 @@ class CompletionGroup:
     labels: tuple[bool | None, ...] | None = None
     ranks: tuple[int | None, ...] | None = None
     token_weights: tuple[tuple[float, ...] | None, ...] | None = field(default=None, repr=False)
+    pair_strengths: tuple[float | None, ...] | None = None
+    attributes: Mapping[str, tuple[float | None, ...]] | None = None
+    steps: tuple[tuple[int, ...] | None, ...] | None = None
+    step_labels: tuple[tuple[float | None, ...] | None, ...] | None = None
     meta: Mapping[str, Any] = field(default_factory=dict, compare=False)
 
     @cached_property

@@ -136,7 +136,7 @@ def line_chart(
         v for s in lines for b in (s.low, s.high) if b is not None for v in b if v is not None and known(v)
     ]
     bottom, top = min([y for _, y in points] + bands), max([y for _, y in points] + bands)
-    room = 0.05 * (top - bottom) or 1.0
+    room = 0.05 * (top - bottom) or abs(top) * 0.1 or 1.0  # as ticks does it where all values are one
     y_ticks = _inside(ticks(bottom, top, 5), bottom - room, top + room)
     if len(y_ticks) < 3:
         y_ticks = _inside(ticks(bottom, top, 8), bottom - room, top + room)
@@ -264,6 +264,10 @@ def _labels(lines: Sequence[Series], f: _Frame) -> Iterable[str]:
     found.sort(key=lambda row: row[0])
     for above, below in pairwise(found):
         below[0] = max(below[0], above[0] + 17)
+    if found and found[-1][0] > f.bottom:  # no room below: push back up
+        found[-1][0] = f.bottom
+        for below, above in pairwise(reversed(found)):
+            above[0] = min(above[0], below[0] - 17)
     for y, s in found:
         yield _words(f"name tone-{s.tone}", f.right + 10, y + 4, s.label)
 

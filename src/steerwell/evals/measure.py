@@ -34,7 +34,8 @@ class Measure:
 
     ``items`` are the single values behind the estimate, keyed by what both sides of a comparison share (a
     prompt id, or the id of a pair): equal keys are the same item measured on two policies. None is missing.
-    ``clusters`` names the prompt of each key, where several keys share a prompt.
+    ``clusters`` names the prompt of each key, where several keys share a prompt. ``section`` is the heading
+    of a table that it stands under; a measure that is not ``shown`` is left to the JSON form.
     """
 
     name: str
@@ -46,6 +47,8 @@ class Measure:
     unit: Literal["share", "number"] = "share"
     notes: tuple[str, ...] = ()
     detail: Any = None  # e.g. the WinRate
+    section: str = ""
+    shown: bool = True
 
 
 @dataclass(frozen=True)
@@ -77,7 +80,9 @@ class Findings:
 class Task:
     """What to ask a policy and how to turn its completions into numbers.
 
-    ``compares``: the number is about two policies, so the baseline itself has none.
+    ``compares``: the number is about two policies, so the baseline itself has none. ``needs_rewards``: it
+    takes a reward model, or a policy beside the baseline that is its reference. ``beside``: a baseline that is
+    itself a reward model is measured too, for the differences, when it is not one of the policies.
     """
 
     name: str
@@ -85,6 +90,8 @@ class Task:
     measure: Callable[[Trial], Findings]
     compares: bool = False
     needs_judge: bool = False
+    needs_rewards: bool = False
+    beside: bool = False
 
 
 def annotated(

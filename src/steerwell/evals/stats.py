@@ -173,6 +173,28 @@ def win_rate(outcomes: Values, clusters: Clusters | None = None, *, confidence: 
     return proportion(outcomes, clusters, confidence=confidence)
 
 
+def combined(estimates: Sequence[Estimate], weights: Sequence[float]) -> Estimate:
+    """The weighted mean of independent estimates, its interval from theirs (MOVER, Zou and Donner 2008).
+
+    With w the weights over their sum: low = value − sqrt(sum w² (value_s − low_s)²), high alike. Where the
+    parts have Wilson intervals, the whole is never certain, even when every part is all right or all wrong.
+    NOTHING when a part with weight has no value; no interval when one has none. ``n`` is the sum.
+    """
+    if len(estimates) != len(weights) or not all(w >= 0 for w in weights):
+        raise InputError("each estimate needs one weight of 0 or more", mend="Mend the weights.")
+    parts = [(e, w) for e, w in zip(estimates, weights, strict=True) if w > 0]
+    total = float(sum(w for _, w in parts))
+    if not parts or any(e.value is None for e, _ in parts):
+        return NOTHING
+    value = sum(w * float(e.value or 0.0) for e, w in parts) / total
+    n = sum(e.n for e, _ in parts)
+    if any(e.low is None or e.high is None for e, _ in parts):
+        return Estimate(value, None, None, n)
+    below = sum((w * (float(e.value or 0.0) - float(e.low or 0.0))) ** 2 for e, w in parts) ** 0.5 / total
+    above = sum((w * (float(e.high or 0.0) - float(e.value or 0.0))) ** 2 for e, w in parts) ** 0.5 / total
+    return Estimate(value, value - below, value + above, n)
+
+
 def paired_difference(
     after: Values,
     before: Values,
@@ -227,7 +249,7 @@ def mcnemar(after: Values, before: Values) -> McNemar:
 def cluster_bootstrap(
     values: Values | np.ndarray,
     clusters: Clusters,
-    statistic: Callable[[np.ndarray], float] | None = None,
+    statistic: Callable[[np.ndarray], float] | Literal["ratio"] | None = None,
     *,
     draws: int = 2000,
     seed: int = 0,
@@ -237,7 +259,8 @@ def cluster_bootstrap(
     """Interval of any statistic by resampling whole clusters (prompts) with replacement.
 
     ``values`` (n,) or (n, k) rows; ``statistic`` takes the resampled rows and returns a number (default: the
-    mean of a (n,) array, which is computed for all draws at once). The default interval is BCa (Efron 1987):
+    mean of a (n,) array; ``"ratio"``: sum / sum of the columns of a (n, 2) array, the second one positive. These
+    two are computed for all draws at once). The default interval is BCa (Efron 1987):
     it corrects the bias and skew that rates near 0 or 1 and ratios have, at the price of one jackknife. Plain
     bootstrap intervals are too narrow with few clusters, as the resampled spread is short of a factor
     sqrt((C-1)/C) and takes the normal for Student's t; both methods here widen the quantiles by exactly that
@@ -248,7 +271,7 @@ def cluster_bootstrap(
         _, codes = _clean(np.zeros(len(rows)), clusters)
         if not np.isfinite(rows).all():
             raise InputError("a row has a value that is not finite", mend="Leave incomplete rows out.")
-        if statistic is None:
+        if statistic is None or (statistic == "ratio" and rows.shape[1] != 2):
             raise InputError("rows of several columns need a statistic", mend="Give statistic=….")
     else:
         rows, codes = _clean(values, clusters)
@@ -258,9 +281,10 @@ def cluster_bootstrap(
     units = int(codes.max()) + 1
     rng = np.random.default_rng(seed)
     picks = rng.integers(units, size=(draws, units))
-    if statistic is None:
-        sums, counts = np.bincount(codes, weights=rows), np.bincount(codes).astype(np.float64)
-        value = float(rows.mean())
+    if statistic is None or statistic == "ratio":
+        above, below = (rows, np.ones(len(rows))) if rows.ndim == 1 else rows.T
+        sums, counts = np.bincount(codes, weights=above), np.bincount(codes, weights=below)
+        value = float(above.sum() / below.sum())
         drawn = sums[picks].sum(1) / counts[picks].sum(1)
         left_out = (sums.sum() - sums) / (counts.sum() - counts) if units > 1 else sums
     else:
@@ -297,6 +321,7 @@ __all__ = [
     "Estimate",
     "McNemar",
     "cluster_bootstrap",
+    "combined",
     "mcnemar",
     "mean",
     "paired_difference",

@@ -12,7 +12,7 @@ from steerwell.data.messages import as_messages
 from steerwell.data.types import CompletionGroup, Prompt
 from steerwell.evals.measure import Judge, Measure, Task, Trial, by_item
 from steerwell.evals.stats import Estimate, paired_difference
-from steerwell.evals.tasks import named
+from steerwell.evals.tasks import BENCHMARKS, named
 
 
 @dataclass(frozen=True)
@@ -52,6 +52,11 @@ class Evaluation:
     groups: Mapping[tuple[str, str], tuple[CompletionGroup, ...]]
     settings: Mapping[str, Any]
 
+    @property
+    def shown(self) -> list[Result]:
+        """The results that a table shows; the JSON form has all."""
+        return [result for result in self.results if result.measure.shown]
+
     def get(self, policy: str, metric: str) -> Result:
         """The result of one metric for one policy; raises :class:`InputError` when there is none."""
         for result in self.results:
@@ -74,28 +79,33 @@ class Evaluation:
 
     def __rich__(self) -> Any:
         from rich import box
+        from rich.markup import escape
         from rich.table import Table
 
         table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-        table.add_column("policy", overflow="fold")
-        table.add_column("metric", no_wrap=True)
-        for column in ("value", "95% interval", "n", "change"):
+        table.add_column("policy", overflow="fold", min_width=8)
+        table.add_column("metric", overflow="fold")
+        compared = any(result.difference for result in self.shown)
+        for column in ("value", "95% interval", "n", *(["change"] if compared else [])):
             table.add_column(column, justify="right", no_wrap=True)
-        task = None
-        for result in self.results:
-            if task not in (None, result.task):
+        before: tuple[str, str, str] | None = None
+        for result in self.shown:
+            e, name, heading = result.measure.estimate, result.measure.name, result.measure.section
+            place = (result.task, result.policy if heading else "", heading)
+            if before is not None and place != before:
                 table.add_section()
-            e, name = result.measure.estimate, result.measure.name
+            if heading and place != before:
+                table.add_row(result.policy, f"[dim]{heading}[/dim]")
+            before = place
             arrow = {"higher": " ↑", "lower": " ↓"}.get(result.measure.better or "", "")
-            table.add_row(
-                result.policy,
-                name + arrow,
+            row = [
+                "" if heading else result.policy,
+                escape(name) + arrow,
                 "–" if e.value is None else f"{e.value:.3f}",
                 "–" if e.low is None or e.high is None else f"{e.low:.3f} … {e.high:.3f}",
                 str(e.n),
-                _change(result.difference),
-            )
-            task = result.task
+            ]
+            table.add_row(*row, *([_change(result.difference)] if compared else []))
         table.caption = self._caption()
         table.caption_justify = "left"
         return table
@@ -105,9 +115,13 @@ class Evaluation:
         lines = ["↑ higher is better, ↓ lower is better"]
         if any(r.difference for r in self.results):
             lines[0] += f"; change: paired difference to {self.settings.get('against')} with its 95% interval"
-        for result in self.results:
+        gaps: dict[tuple[str, str], list[str]] = {}
+        for result in self.shown:
             if not result.measure.coverage.complete:
-                lines.append(f"{result.policy}, {result.measure.name}: {result.measure.coverage}")
+                gaps.setdefault((result.policy, str(result.measure.coverage)), []).append(result.measure.name)
+        lines += [f"{policy}, {', '.join(names)}: {coverage}" for (policy, coverage), names in gaps.items()]
+        if len(self.shown) < len(self.results):
+            lines.append(f"{len(self.results) - len(self.shown)} more figures, and notes on each: --json")
         return "\n".join(lines)
 
 
@@ -131,7 +145,7 @@ def evaluate(
     ``policies``: anything with ``name`` and ``sample`` (for ``pair_accuracy``: ``score`` or ``logps``).
     ``tasks``: names (``win_rate``, ``over_refusal``, ``pair_accuracy``) or :class:`Task` objects.
     ``judge``: prefers or scores completions, for ``win_rate``. ``prompts`` replace the general prompts of
-    ``win_rate``; ``pairs`` are held-out groups with resolved pairs, for ``pair_accuracy``.
+    ``win_rate``; ``pairs`` are held-out groups with resolved pairs, for ``pair_accuracy`` and ``reward_model``.
     ``against``: the baseline, one of the policies or another one; by default the first policy.
     ``n`` completions per prompt, sampled with the same ``seed`` from every policy.
     ``progress(task, done, total, note)`` is told before each policy is sampled or measured, and at the end.
@@ -152,31 +166,9 @@ def evaluate(
     results: list[Result] = []
     texts: dict[tuple[str, str], tuple[CompletionGroup, ...]] = {}
     for task in todo:
-        samples: dict[int, tuple[CompletionGroup, ...]] = {}
-        sampled = [p for p in everyone if task.prompts and (task.compares or any(p is q for q in policies))]
-        measured = [p for p in policies if not (task.compares and p is baseline)]
-        parts = _Parts(task.name, len(sampled) + len(measured), progress)
-        for policy in sampled:
-            parts.begin(f"sampling {names[id(policy)]}")
-            samples[id(policy)] = _sample(policy, names[id(policy)], task.prompts, n, asked)
-        found: list[Result] = []
-        for policy in measured:
-            parts.begin(f"measuring {names[id(policy)]}")
-            trial = Trial(
-                policy=policy,
-                name=names[id(policy)],
-                groups=samples.get(id(policy), ()),
-                against=baseline,
-                against_name=names[id(baseline)],
-                against_groups=samples.get(id(baseline), ()),
-                judge=judge,
-                is_baseline=policy is baseline,
-            )
-            findings = task.measure(trial)
-            texts[task.name, trial.name] = findings.groups
-            found += [Result(task.name, trial.name, m, trial.against_name) for m in findings.measures]
-        parts.end()
-        results += found if task.compares else _with_differences(found, names[id(baseline)])
+        found, groups = _run(task, policies, baseline, everyone, names, judge, n, asked, progress)
+        results += found
+        texts |= groups
     settings = {
         "policies": [names[id(p)] for p in policies],
         "against": names[id(baseline)],
@@ -186,6 +178,52 @@ def evaluate(
         **asked,
     }
     return Evaluation(tuple(results), texts, settings)
+
+
+def _run(
+    task: Task,
+    policies: Sequence[Any],
+    baseline: Any,
+    everyone: Sequence[Any],
+    names: Mapping[int, str],
+    judge: Judge | None,
+    n: int,
+    asked: Mapping[str, Any],
+    progress: Callable[[str, int, int, str], None] | None,
+) -> tuple[list[Result], dict[tuple[str, str], tuple[CompletionGroup, ...]]]:
+    """One task: sample where it asks, measure each policy, and set it against the baseline."""
+    samples: dict[int, tuple[CompletionGroup, ...]] = {}
+    sampled = [p for p in everyone if task.prompts and (task.compares or any(p is q for q in policies))]
+    measured = [p for p in policies if not (task.compares and p is baseline)]
+    beside = task.beside and hasattr(baseline, "score") and not any(p is baseline for p in policies)
+    measured += [baseline] if beside else []
+    parts = _Parts(task.name, len(sampled) + len(measured), progress)
+    for policy in sampled:
+        parts.begin(f"sampling {names[id(policy)]}")
+        samples[id(policy)] = _sample(policy, names[id(policy)], task.prompts, n, asked)
+    found: list[Result] = []
+    texts: dict[tuple[str, str], tuple[CompletionGroup, ...]] = {}
+    for policy in measured:
+        parts.begin(f"measuring {names[id(policy)]}")
+        trial = Trial(
+            policy=policy,
+            name=names[id(policy)],
+            groups=samples.get(id(policy), ()),
+            against=baseline,
+            against_name=names[id(baseline)],
+            against_groups=samples.get(id(baseline), ()),
+            judge=judge,
+            is_baseline=policy is baseline,
+        )
+        findings = task.measure(trial)
+        texts[task.name, trial.name] = findings.groups
+        found += [Result(task.name, trial.name, m, trial.against_name) for m in findings.measures]
+    parts.end()
+    results = found if task.compares else _with_differences(found, names[id(baseline)])
+    if beside:  # measured for the differences alone
+        results = [r for r in results if r.policy != names[id(baseline)]]
+        del texts[task.name, names[id(baseline)]]
+    return results, texts
 
 
 class _Parts:
@@ -214,12 +252,15 @@ def _task(
     maker = named(task)
     if task == "win_rate" and prompts is not None:
         return maker([p if isinstance(p, Prompt) else Prompt(as_messages(p)) for p in prompts])
-    if task == "pair_accuracy":
+    if task in ("pair_accuracy", "reward_model"):
         if pairs is None:
-            raise InputError(
-                "pair_accuracy needs held-out pairs", mend="Give pairs=resolve.majority(groups)."
-            )
+            raise InputError(f"{task} needs held-out pairs", mend="Give pairs=resolve.majority(groups).")
         return maker(pairs)
+    if task in BENCHMARKS:
+        raise InputError(
+            f"{task} needs its published file",
+            mend=f"Give --data {task}=FILE, or in Python the task itself: tasks.{task}.{task}(FILE).",
+        )
     return maker()
 
 
@@ -241,6 +282,13 @@ def _check(
             f"{task.name} asks {twice.text[:40]!r} twice",
             mend="Remove the repetition; use n for more samples.",
         )
+    for policy in policies if task.needs_rewards else ():
+        has_reference = policy is not baseline and hasattr(policy, "logps") and hasattr(baseline, "logps")
+        if not hasattr(policy, "score") and not has_reference:
+            raise InputError(
+                f"{task.name} measures rewards, and {getattr(policy, 'name', policy)!s} has none",
+                mend="Give a reward model, or a policy beside its reference: --against BASE (against=…).",
+            )
     for policy in everyone if task.compares else policies:
         if task.prompts and not hasattr(policy, "sample"):
             raise InputError(

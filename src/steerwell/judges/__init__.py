@@ -10,18 +10,26 @@ from steerwell.judges.llm import PairwiseJudge, pairwise
 from steerwell.judges.refusal import RefusalJudge, refusal, refusal_kind
 from steerwell.judges.reward_model import RewardModelJudge, reward_model
 from steerwell.judges.rules import RulesJudge, rules
+from steerwell.judges.scored import ScoredJudge, scored
+from steerwell.judges.verifier import Question, VerifierJudge, verification_groups, verifier
 
 __all__ = [
     "KINDS",
     "Judge",
     "PairwiseJudge",
+    "Question",
     "RefusalJudge",
     "RewardModelJudge",
     "RulesJudge",
+    "ScoredJudge",
+    "VerifierJudge",
     "pairwise",
     "parse",
     "refusal",
     "refusal_kind",
     "reward_model",
     "rules",
+    "scored",
+    "verification_groups",
+    "verifier",
 ]

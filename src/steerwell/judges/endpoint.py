@@ -21,10 +21,14 @@ LONGEST_WAIT = 60.0  # seconds, whatever a server's Retry-After asks for
 
 @dataclass(frozen=True)
 class Answer:
-    """What the model said, and how long the request took (seconds, without waiting between tries)."""
+    """What the model said, and how long the request took (seconds, without waiting between tries).
+
+    ``first_token`` are the likeliest first tokens with their log-probabilities (nats), where they were asked for.
+    """
 
     text: str
     seconds: float
+    first_token: tuple[tuple[str, float], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -36,12 +40,19 @@ class Failure:
 
 
 class _Refused(Exception):
-    """The endpoint refuses every such request (key, address, model): asking again is useless."""
+    """The endpoint serves no such request (key, address, model, log-probs): asking again is useless."""
+
+    def __init__(self, why: str, mend: str) -> None:
+        super().__init__(why)
+        self.mend = mend
 
 
 @dataclass(frozen=True)
 class Endpoint:
-    """Where to ask, what to ask and how patiently. The key itself is never stored here."""
+    """Where to ask, what to ask and how patiently. The key itself is never stored here.
+
+    ``top_logprobs`` above 0 asks for that many of the likeliest first tokens, with their log-probabilities.
+    """
 
     model: str
     base_url: str
@@ -52,11 +63,13 @@ class Endpoint:
     retries: int = 4
     backoff: float = 1.0
     timeout: float = 60.0
+    top_logprobs: int = 0
 
     @property
     def sampling(self) -> dict[str, Any]:
         """The settings that change what the model says."""
-        return {"temperature": self.temperature, "max_tokens": self.max_tokens}
+        asked = {"logprobs": True, "top_logprobs": self.top_logprobs} if self.top_logprobs else {}
+        return {"temperature": self.temperature, "max_tokens": self.max_tokens, **asked}
 
     def check(self) -> None:
         """Raise :class:`InputError` for an address that is none, or when OpenAI's own address has no key."""
@@ -74,8 +87,9 @@ class Endpoint:
     def ask_all(self, prompts: Sequence[str]) -> list[Answer | Failure]:
         """One answer (or failure) per prompt, in order, with at most ``concurrency`` requests under way.
 
-        Raises :class:`InputError` when the endpoint refuses the key, the address or the model. On that and on
-        Ctrl-C the requests under way are given up (the threads are daemons).
+        Raises :class:`InputError` when the endpoint refuses the key, the address or the model, or answers without
+        the log-probabilities that were asked for. On that and on Ctrl-C the requests under way are given up (the
+        threads are daemons).
         """
         import httpx
 
@@ -108,10 +122,7 @@ class Endpoint:
                 for _ in prompts:
                     i, result = done.get()
                     if isinstance(result, _Refused):
-                        raise InputError(
-                            f"{self.base_url} refuses the requests: {result}",
-                            mend=f"Check the key in {self.api_key_env}, the model's name and the address.",
-                        )
+                        raise InputError(f"{self.base_url} {result}", mend=result.mend)
                     if isinstance(result, BaseException):
                         raise result
                     answers[i] = result
@@ -143,7 +154,10 @@ class Endpoint:
                 failure = Failure(text, unreachable=isinstance(error, httpx.ConnectError))
             else:
                 if response.status_code in (401, 403, 404):
-                    raise _Refused(f"status {response.status_code}: {self._safe(response.text)}")
+                    raise _Refused(
+                        f"refuses the requests: status {response.status_code}: {self._safe(response.text)}",
+                        f"Check the key in {self.api_key_env}, the model's name and the address.",
+                    )
                 if response.status_code == 200:
                     return self._answer(response, seconds)
                 failure = Failure(f"status {response.status_code}: {self._safe(response.text)}")
@@ -160,6 +174,9 @@ class Endpoint:
             text, reason = choice["message"]["content"], choice.get("finish_reason")
         except (ValueError, KeyError, IndexError, TypeError, AttributeError):
             return Failure(f"the reply is no chat completion: {self._safe(response.text)}")
+        if self.top_logprobs and reason != "content_filter":
+            first = _first_token(choice)
+            return Answer(text or "", seconds, first) if first else Failure("the model said nothing")
         if not isinstance(text, str) or not text.strip():
             return Failure(f"the reply is empty (finish reason {reason!r})")
         if reason == "content_filter":
@@ -178,6 +195,22 @@ class Endpoint:
         key = self._key()
         line = " ".join((text.replace(key, "***") if key else text).split())
         return line[:200] or "no text"
+
+
+def _first_token(choice: Any) -> tuple[tuple[str, float], ...]:
+    """``logprobs.content[0].top_logprobs`` of a chat completion's choice, as (token, log-probability).
+
+    Empty when the model ended at once. Raises when the server does not give log-probabilities at all.
+    """
+    try:
+        tokens = choice["logprobs"]["content"]
+        listed = tokens[0]["top_logprobs"] if tokens != [] else ()
+        return tuple((str(one["token"]), float(one["logprob"])) for one in listed)
+    except (KeyError, IndexError, TypeError, ValueError):
+        raise _Refused(
+            "returns no log-probabilities (choices[0].logprobs.content[0].top_logprobs)",
+            "Take a server and a model that give them, or leave logprobs off.",
+        ) from None
 
 
 def _retry_after(header: str | None, otherwise: float) -> float:

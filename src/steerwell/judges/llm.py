@@ -5,6 +5,9 @@ cancels out. The verdict is one JSON object that must carry an id that only the 
 that writes a verdict of its own does not know the id. A request that brings no valid verdict becomes an
 annotation with the value None and the reason as its rationale: never a tie, never a default.
 
+With ``logprobs`` the model answers with one letter instead, and the verdict is how likely it holds either: finer
+than a word, at the cost of the reasons.
+
 The key is read from the environment when a request is made. It is kept out of names, annotations and
 messages.
 """
@@ -12,6 +15,7 @@ messages.
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 from collections.abc import Sequence
@@ -36,11 +40,18 @@ KNOWN_CRITERIA = {
 }
 
 
+LETTERS = ("A", "B")
+LARGEST_LOG_ODDS = 20.0  # nats; beyond it probabilities in single precision are rounding
+SMALLEST_LEFT = 1e-6  # a smaller difference between 1 and a sum of probabilities is rounding
+BLANKS = " \n\t▁ĠĊ"  # of tokens, as servers write them
+
+
 class Task(NamedTuple):
-    """Two completions of one prompt in the order in which they are shown."""
+    """Two completions of one prompt in the order in which they are shown, and what to judge them by."""
 
     first: Completion
     second: Completion
+    criteria: tuple[tuple[str, str], ...]
 
 
 @dataclass(frozen=True)
@@ -51,6 +62,11 @@ class PairwiseJudge:
     criteria: tuple[tuple[str, str], ...]
     both_orders: bool = True
     template: str = field(default="", repr=False)
+
+    @property
+    def logprobs(self) -> bool:
+        """Whether verdicts carry the log-odds (nats) of the preferred completion as their ``strength``."""
+        return self.endpoint.top_logprobs > 0
 
     @property
     def name(self) -> str:
@@ -84,9 +100,11 @@ class PairwiseJudge:
         for one, other in combinations(group.completions, 2):
             if one.text_id == other.text_id:
                 continue
-            found.append(Task(one, other))
-            if self.both_orders:
-                found.append(Task(other, one))
+            # one letter answers one question
+            for criteria in ((c,) for c in self.criteria) if self.logprobs else (self.criteria,):
+                found.append(Task(one, other, criteria))
+                if self.both_orders:
+                    found.append(Task(other, one, criteria))
         return found
 
     def _id(self, task: Task) -> str:
@@ -94,11 +112,11 @@ class PairwiseJudge:
         return digest(self.name, task.first.id, task.second.id, task.first.text_id, task.second.text_id)[:12]
 
     def _ask(self, task: Task) -> str:
-        form = {"id": self._id(task), **{name: "…" for name, _ in self.criteria}}
+        form = {"id": self._id(task), **{name: "…" for name, _ in task.criteria}}
         return fill(
             self.template,
             id=self._id(task),
-            criteria="\n".join(f"- {name}: {meaning}" for name, meaning in self.criteria),
+            criteria="\n".join(f"- {name}: {meaning}" for name, meaning in task.criteria),
             prompt=transcript(task.first.prompt),
             first=transcript(task.first.messages),
             second=transcript(task.second.messages),
@@ -106,26 +124,56 @@ class PairwiseJudge:
         )
 
     def _read(self, task: Task, answer: Answer | Failure) -> list[Annotation]:
-        names = [name for name, _ in self.criteria]
+        names = [name for name, _ in task.criteria]
+        values: dict[str, Any] = dict.fromkeys(names)
+        strength = seconds = None
         if isinstance(answer, Failure):
-            verdict, rationale, seconds = None, f"no verdict: {answer.reason}", None
+            rationale = f"no verdict: {answer.reason}"
+        elif self.logprobs:
+            seconds = answer.seconds
+            odds, rationale = letter_odds(answer.first_token)
+            if odds is not None:
+                values, strength = {names[0]: "tie" if odds == 0 else int(odds < 0)}, abs(odds)
         else:
+            seconds = answer.seconds
             verdict, why = parse_verdict(answer.text, self._id(task), names)
             rationale = answer.text.strip() if verdict else f"no verdict: {why}"
-            seconds = answer.seconds
+            values = {name: VERDICTS[verdict[name]] if verdict else None for name in names}
         return [
             Annotation(
                 kind="preference",
                 completions=(task.first.id, task.second.id),
                 annotator=self.name,
-                value=None if verdict is None else VERDICTS[verdict[name]],
+                value=values[name],
                 criterion=name,
+                strength=strength,
                 rationale=rationale[:2000],
                 time=datetime.now(UTC).isoformat(timespec="seconds"),
                 seconds=seconds,
             )
             for name in names
         ]
+
+
+def letter_odds(first_token: Sequence[tuple[str, float]]) -> tuple[float | None, str]:
+    """log P(A) - log P(B) (nats) from the likeliest first tokens of a reply, and the rationale.
+
+    A letter's tokens (``"A"``, ``" A"``) are added up. A letter that is not listed is counted with the most that
+    it can have, so the odds are not overstated: the probability of the least likely token listed, or what all
+    of them leave over if that is less. None when neither is listed. The odds are kept within ±20.
+    """
+    left = 1.0 - sum(math.exp(logprob) for _, logprob in first_token)
+    floor = min([logprob for _, logprob in first_token] + [math.log(max(left, SMALLEST_LEFT))])
+    found: list[float] = []
+    for letter in LETTERS:
+        mine = [logprob for token, logprob in first_token if token.strip(BLANKS) == letter]
+        found.append(max(mine) + math.log(sum(math.exp(x - max(mine)) for x in mine)) if mine else -math.inf)
+    if max(found) == -math.inf:
+        words = ", ".join(repr(token) for token, _ in first_token[:3])
+        return None, f"no verdict: neither A nor B is among the likeliest first tokens ({words} …)"
+    one, other = (floor if x == -math.inf else x for x in found)
+    odds = max(-LARGEST_LOG_ODDS, min(LARGEST_LOG_ODDS, one - other))
+    return odds, f"P(A) = {1 / (1 + math.exp(-odds)):.3g} of the two letters"
 
 
 def parse_verdict(text: str, id: str, criteria: Sequence[str]) -> tuple[dict[str, str] | None, str]:
@@ -206,6 +254,8 @@ def pairwise(
     retries: int = 4,
     backoff: float = 1.0,
     timeout: float = 60.0,
+    logprobs: bool = False,
+    top_logprobs: int = 20,
 ) -> PairwiseJudge:
     """A judge that compares pairs with a language model at an OpenAI-compatible endpoint.
 
@@ -220,6 +270,11 @@ def pairwise(
         retries: how often status 429, 5xx and lost connections are tried again.
         backoff: seconds before the first retry, doubled each time; a server's ``Retry-After`` goes first.
         timeout: seconds for one request.
+        logprobs: ask for one letter and read how likely A and B are, from the log-probabilities of the first token.
+            Each criterion is a request of its own, there are no reasons and no "both bad", and ``max_tokens`` is 1.
+            The annotation's ``strength`` is the log-odds (nats, 0 or more) of the completion it prefers. Models
+            that think before they answer hold no letter as first token: leave it off for them.
+        top_logprobs: how many first tokens the server is asked to list; some allow fewer than 20.
 
     Raises :class:`InputError` for a bad criterion or model name, or when OpenAI's own address has no key.
     """
@@ -232,22 +287,38 @@ def pairwise(
     named = tuple(_criterion(text) for text in criteria)
     if not named or len({n for n, _ in named}) != len(named):
         raise InputError("criteria must be one or more different names", mend="Name each criterion once.")
+    if logprobs and top_logprobs < 2:
+        raise InputError(f"top_logprobs must be 2 or more, got {top_logprobs}", mend="Leave it at 20.")
     endpoint = Endpoint(
         model=name.strip(),
         base_url=(base_url or os.environ.get("OPENAI_BASE_URL") or "https://api.openai.com/v1").rstrip("/"),
         api_key_env=api_key_env,
         temperature=temperature,
-        max_tokens=max_tokens,
+        max_tokens=1 if logprobs else max_tokens,
         concurrency=concurrency,
         retries=retries,
         backoff=backoff,
         timeout=timeout,
+        top_logprobs=top_logprobs if logprobs else 0,
     )
     endpoint.check()
-    template = (
-        resources.files("steerwell.judges").joinpath("prompts/pairwise.txt").read_text(encoding="utf-8")
-    )
+    template = prompt_file("pairwise_letter" if logprobs else "pairwise")
     return PairwiseJudge(endpoint, named, both_orders, template)
 
 
-__all__ = ["KNOWN_CRITERIA", "VERDICTS", "PairwiseJudge", "fill", "pairwise", "parse_verdict", "transcript"]
+def prompt_file(name: str) -> str:
+    """The text of ``prompts/NAME.txt``."""
+    return resources.files("steerwell.judges").joinpath(f"prompts/{name}.txt").read_text(encoding="utf-8")
+
+
+__all__ = [
+    "KNOWN_CRITERIA",
+    "VERDICTS",
+    "PairwiseJudge",
+    "fill",
+    "letter_odds",
+    "pairwise",
+    "parse_verdict",
+    "prompt_file",
+    "transcript",
+]

@@ -11,7 +11,7 @@ import os
 import re
 import shutil
 import socket
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -52,7 +52,10 @@ def check_directory(path: str | Path) -> str:
     names = {file.name for file in local.iterdir()}
     if "config.json" not in names:
         if "adapter_config.json" in names:
-            what, mend = "an adapter without its base model", "Merge the adapter into its base model first."
+            what = "an adapter without its base model"
+            mend = (
+                "Merge the adapter into its base model first; a reward adapter is read by load_reward_model."
+            )
         else:
             what, mend = "no config.json in this directory", "Name the directory that holds the model itself."
         raise InputError(what, file=path, mend=mend)
@@ -114,16 +117,36 @@ def _first_module(file: Path) -> str:
         return ""
 
 
+#: Files that say that a directory is one of ours to replace.
+MARKS = ("config.json", "adapter_config.json", "steerwell_ensemble.json")
+
+
 def save_directory(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     path: Path,
-    files: Mapping[str, str] | None = None,
+    files: Mapping[str, str | bytes] | None = None,
 ) -> Path:
     """Write a complete model directory aside and rename it into place."""
+
+    def write(fresh: Path) -> None:
+        with quiet(), disk_errors():
+            model.save_pretrained(fresh, safe_serialization=True)
+            tokenizer.save_pretrained(fresh)
+        for name, content in (files or {}).items():
+            (fresh / name).write_bytes(content.encode() if isinstance(content, str) else content)
+
+    return put_in_place(path, write)
+
+
+def put_in_place(path: Path, write: Callable[[Path], None]) -> Path:
+    """Have a directory written aside, then rename it into place; a model that was there is replaced.
+
+    Raises :class:`InputError` where something else is in the way.
+    """
     path = path.expanduser()
     if path.exists() and not (
-        path.is_dir() and ((path / "config.json").is_file() or not any(path.iterdir()))
+        path.is_dir() and (any((path / mark).is_file() for mark in MARKS) or not any(path.iterdir()))
     ):
         raise InputError(
             "something that is not a model is in the way",
@@ -134,11 +157,7 @@ def save_directory(
     fresh = path.parent / f".{path.name}.{uuid4().hex[:8]}.new"
     old = fresh.with_suffix(".old")
     try:
-        with quiet(), disk_errors():
-            model.save_pretrained(fresh, safe_serialization=True)
-            tokenizer.save_pretrained(fresh)
-        for name, text in (files or {}).items():
-            (fresh / name).write_text(text, encoding="utf-8")
+        write(fresh)
         if path.exists():
             os.replace(path, old)
         os.replace(fresh, path)
@@ -188,12 +207,27 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
-def weights_digest(model: nn.Module | Mapping[str, torch.Tensor]) -> str:
+def files_digest(place: str | Path) -> str:
+    """Hash of all bytes of the weights of a directory; empty where it is none (a hub's name)."""
+    total = hashlib.blake2b(digest_size=12)
+    files = sorted(Path(place).glob("*.safetensors")) if Path(place).is_dir() else []
+    for file in files:
+        total.update(f"{file.name} {file.stat().st_size}\n".encode())
+        with file.open("rb") as opened:
+            while chunk := opened.read(1 << 24):
+                total.update(chunk)
+    return total.hexdigest() if files else ""
+
+
+def weights_digest(
+    model: nn.Module | Mapping[str, torch.Tensor], factors: Mapping[str, float] | None = None
+) -> str:
     """Hash of all weights (a model's, or named ones) by name, type, shape and bytes, and of what adapters are
-    multiplied by; tied weights count once.
+    multiplied by (``factors``, read off a model); tied weights count once.
     """
     total = hashlib.blake2b(digest_size=12)
-    if isinstance(model, nn.Module) and (factors := scalings(model)):
+    factors = scalings(model) if isinstance(model, nn.Module) and factors is None else factors
+    if factors:
         total.update(json.dumps(factors, sort_keys=True).encode())
     seen: set[int] = set()
     state: Mapping[str, Any] = model.state_dict() if isinstance(model, nn.Module) else model
@@ -238,9 +272,11 @@ def first_line(error: BaseException) -> str:
 __all__ = [
     "check_directory",
     "disk_errors",
+    "files_digest",
     "first_line",
     "from_hub",
     "model_place",
+    "put_in_place",
     "quiet",
     "read_json",
     "remembered_digest",

@@ -68,6 +68,11 @@ def output_layer(model: Any) -> nn.Linear:
     return linear[-1]
 
 
+def score_layer(model: Any) -> nn.Linear:
+    """The layer that gives a reward model's outputs: ``score`` of a decoder, :func:`output_layer` of an encoder."""
+    return output_layer(model) if is_encoder(model.config) else model.score
+
+
 def output_weights(model: nn.Module) -> set[str]:
     """Names of the weights of the output layer of a reward model on an encoder; none for any other model. A peft
     wrapper is looked through.
@@ -203,5 +208,6 @@ __all__ = [
     "output_layer",
     "output_weights",
     "positions",
+    "score_layer",
     "train_what_is_read",
 ]

@@ -53,30 +53,53 @@ def sum_by_owner(values: Tensor, owner: Tensor, n: int) -> Tensor:
 
 
 def reward_scores(model: nn.Module, batch: Batch, pooling: Pooling = "last") -> Tensor:
-    """Raw scores of a sequence classifier with one label, (N,) in fp32, differentiable.
+    """The first output of a sequence classifier, (N,) in fp32, differentiable; see :func:`head_outputs`."""
+    return head_outputs(model, batch, pooling)[0][:, 0]
+
+
+def head_outputs(
+    model: nn.Module, batch: Batch, pooling: Pooling = "last", *, gated: bool = False
+) -> tuple[Tensor, Tensor | None]:
+    """All outputs of a sequence classifier, (N, H) in fp32, and, if ``gated``, the logits (N, H) of its gate (None
+    otherwise); differentiable.
 
     ``last`` reads the hidden state of each completion's last token (as ``transformers`` does), ``mean`` the
     mean over its scored tokens. Encoders take ``cls`` and ``mean``: see
-    :func:`steerwell.models.encoder.encoder_outputs`.
+    :func:`steerwell.models.encoder.encoder_outputs`. The gate reads the prompt's last token.
     """
-    return inside(model, _scores, model, batch, pooling)
+    found = inside(model, _outputs, model, batch, pooling, gated)
+    if not gated:
+        return found, None
+    count = found.shape[1] // 2
+    return found[:, :count], found[:, count:]
 
 
-def _scores(model: nn.Module, batch: Batch, pooling: Pooling) -> Tensor:
+def pooled_states(model: nn.Module, batch: Batch, pooling: Pooling = "last") -> Tensor:
+    """What the head of a sequence classifier reads of each completion, (N, D) in fp32, differentiable."""
+    return inside(model, lambda: _pooled(hidden_states(model, batch), batch, pooling).float().clone())
+
+
+def _outputs(model: nn.Module, batch: Batch, pooling: Pooling, gated: bool) -> Tensor:
     if is_encoder(unwrap(model).config):
-        return encoder_outputs(unwrap(model), batch, pooling)[:, 0].clone()
+        return encoder_outputs(unwrap(model), batch, pooling).clone()
     hidden = hidden_states(model, batch)
-    if pooling == "last":
-        pooled = hidden.index_select(0, batch.last)
-    elif pooling == "mean":
-        states = hidden.index_select(0, batch.at)
-        total = hidden.new_zeros(batch.n, hidden.shape[1]).index_add(0, batch.owner, states)
-        pooled = total / batch.lengths[:, None].to(total.dtype)
-    else:
-        raise ValueError(f"unknown pooling {pooling!r}: choose last or mean")
     score: Any = unwrap(model).score
     # FSDP wants a tensor of its own, not a view
-    return score(pooled.to(score.weight.dtype))[:, 0].float().clone()
+    read = [_pooled(hidden, batch, pooling).to(score.weight.dtype)]
+    if gated:
+        first = batch.lengths.long().cumsum(0) - batch.lengths.long()
+        read.append(hidden.index_select(0, batch.src[first]).to(score.weight.dtype))
+    return score(*read).float().clone()
+
+
+def _pooled(hidden: Tensor, batch: Batch, pooling: Pooling) -> Tensor:
+    if pooling == "last":
+        return hidden.index_select(0, batch.last)
+    if pooling == "mean":
+        states = hidden.index_select(0, batch.at)
+        total = hidden.new_zeros(batch.n, hidden.shape[1]).index_add(0, batch.owner, states)
+        return total / batch.lengths[:, None].to(total.dtype)
+    raise ValueError(f"unknown pooling {pooling!r}: choose last or mean")
 
 
 def hidden_states(model: nn.Module, batch: Batch) -> Tensor:
@@ -180,8 +203,10 @@ __all__ = [
     "adopt",
     "backbone",
     "head",
+    "head_outputs",
     "hidden_states",
     "per_token_logps",
+    "pooled_states",
     "reward_scores",
     "sum_by_owner",
     "token_logps",

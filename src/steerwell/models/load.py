@@ -208,9 +208,12 @@ def load_parts(
     device: str | torch.device | None,
     dtype: str | torch.dtype | None,
     adapter: Adapter | None,
+    *,
+    labels: int | None = None,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The network and the tokenizer of a model directory, checked, on their device, and ready for batches. ``kind`` is
-    the class of ``transformers`` that reads it. Raises :class:`InputError` for all that can be wrong with it.
+    the class of ``transformers`` that reads it. With ``labels`` its head of so many outputs need not be there: the
+    caller has it. Raises :class:`InputError` for all that can be wrong with it.
     """
     place = check_directory(path)
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
@@ -223,8 +226,11 @@ def load_parts(
         raise InputError("the tokenizer has no chat template", file=path, mend=TEMPLATE_MEND)
     if quantised is not None:
         how |= {"quantization_config": quantised, "device_map": {"": device}}
+    if labels is not None:
+        how |= {"num_labels": labels}
     model, missing = read_network(kind, place, path, dtype, how)
-    refuse_missing(model, missing, path)
+    given = {"score.weight"} if labels is not None else set()
+    refuse_missing(model, [name for name in missing if name not in given], path)
     check_rows(model, tokenizer, path)
     if quantised is None:
         model.to(device)
@@ -319,16 +325,24 @@ def check_rows(model: Any, tokenizer: PreTrainedTokenizerBase, path: str | Path)
 
 def by_group(
     groups: list[TokenizedGroup], values: Callable[[Any], torch.Tensor], model: Any, max_tokens: int
-) -> list[list[float]]:
-    """``values`` of batches of the groups, under a token budget: one list per group, one number per completion."""
+) -> list[list[Any]]:
+    """``values`` of batches of the groups, under a token budget: one list per group, one number (or one list, where
+    they are a table) per completion.
+    """
+    out: list[list[Any]] = [[] for _ in groups]
+    for members, batch in batches(groups, model, max_tokens):
+        for owner, value in zip(batch.group.tolist(), values(batch).tolist(), strict=True):
+            out[members[owner]].append(value)
+    return out
+
+
+def batches(groups: list[TokenizedGroup], model: Any, max_tokens: int) -> Iterator[tuple[list[int], Any]]:
+    """The groups that have completions, under a token budget: which they are, and their batch on the model's device."""
     layout, device = layout_for("auto", model), next(model.parameters()).device
-    out: list[list[float]] = [[] for _ in groups]
     busy = [i for i, group in enumerate(groups) if group.sequences]
     for members in pack([groups[i] for i in busy], max_tokens, layout):
-        batch = build([groups[busy[i]] for i in members], layout).to(device)
-        for owner, value in zip(batch.group.tolist(), values(batch).tolist(), strict=True):
-            out[busy[members[owner]]].append(value)
-    return out
+        own = [busy[i] for i in members]
+        yield own, build([groups[i] for i in own], layout).to(device)
 
 
 @contextmanager
@@ -350,6 +364,7 @@ def name_of(path: str | Path) -> str:
 __all__ = [
     "MAX_TOKENS",
     "Policy",
+    "batches",
     "by_group",
     "check_rows",
     "encoder_config",

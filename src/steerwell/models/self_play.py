@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import replace
 from typing import Any
 
 from steerwell.data.errors import InputError
@@ -38,8 +37,9 @@ def self_play_pairs(
             if completions[i].text != completions[j].text
         )
         if pairs:
-            bare = replace(group, scores=None, labels=None, ranks=None, token_weights=None)
-            found.append(replace(bare, completions=completions, pairs=pairs))
+            found.append(
+                CompletionGroup(group.prompt, completions, group.annotations, pairs, meta=group.meta)
+            )
     if not found:
         raise InputError(
             "the policy says word for word what the demonstrations say",

@@ -245,6 +245,7 @@ def beta_dpo(
         The authors draw the kept pairs at random with the Gaussian weight. Here those with the largest weight are
         kept, so that a step is the same however it is cut; and as the weight falls with |h - M_0| whatever sigma
         is, sigma does not enter. Pairs as far from M_0 as each other are kept or set aside together.
+        The number of kept pairs is rounded up, theirs down.
         The authors divide by the number of kept pairs, here pairs set aside count in the mean with 0: the step is
         1 - filtered times theirs, which a larger learning rate makes up for.
         The margin h is not multiplied by beta, as in the authors' code. M_0 begins with the first step's mean, not 0.

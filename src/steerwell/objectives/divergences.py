@@ -29,7 +29,7 @@ def f_dpo(
     *,
     beta: float = 0.1,
     divergence: str = "reverse_kl",
-    alpha: float = USUAL_ALPHA,
+    alpha: float | None = None,
 ) -> tuple[Tensor, Metrics]:
     """f-DPO: DPO with any of several divergences between policy and reference in the place of the reverse KL.
 
@@ -42,12 +42,12 @@ def f_dpo(
     Hyperparameters:
         beta: how strongly the policy is held to the reference; larger holds more
         divergence: "reverse_kl", "forward_kl", "js", "alpha" or "chi2"
-        alpha: for "alpha" only, 0 < alpha < 1: towards 0 it is reverse_kl, towards 1 forward_kl
+        alpha: for "alpha" only, 0 < alpha < 1: towards 0 it is reverse_kl, towards 1 forward_kl; None takes 0.5
     Returns:
         losses (M,), ln 2 for each pair at the start; rewards beta * f'(u), 0 at the start, margins and accuracies
     Differs:
         alpha is the paper's. Some trainers write f'(u) = (u^(a - 1) - 1) / (a - 1): their a is 1 - alpha, and the
-        two agree at 0.5 only. alpha with another divergence is an error unless it is the default.
+        two agree at 0.5 only. alpha given with another divergence is an error.
         f' is exact up to the exponent 40 and goes on as its tangent; public code cuts it off, and the gradient
         with it.
         chi2 fails the paper's condition that f' is not defined at 0: its optimum may have u = 0, where the loss
@@ -62,10 +62,15 @@ def f_dpo(
     """
     in_range("beta", beta, above=0)
     one_of("divergence", divergence, DIVERGENCES)
-    in_range("alpha", alpha, above=0, below=1)
-    if divergence != "alpha" and alpha != USUAL_ALPHA:
-        raise ObjectiveError(f"alpha is used by divergence 'alpha' only, and divergence is {divergence!r}")
-    rewards = beta * _slope(logps[pairs] - ref_logps[pairs], divergence, alpha)
+    if alpha is not None:
+        in_range("alpha", alpha, above=0, below=1)
+        if divergence != "alpha":
+            raise ObjectiveError(
+                f"alpha is used by divergence 'alpha' only, and divergence is {divergence!r}"
+            )
+    rewards = beta * _slope(
+        logps[pairs] - ref_logps[pairs], divergence, USUAL_ALPHA if alpha is None else alpha
+    )
     losses = expected(logistic, rewards[0] - rewards[1], pair_probs)
     return losses, pair_metrics(rewards, logps[pairs])
 

@@ -42,6 +42,13 @@ MIXTURES: Mapping[str, Mixture] = MappingProxyType(
             "arXiv:2411.10442, equation 1 with the weights of its experiments",
             "The paper's quality loss has BCO's moving shift; bco_pair holds its shift fixed.",
         ),
+        "odin": Mixture(
+            (("odin_pairs", 1.0, {}), ("orthogonal_heads", 1.0, {})),
+            "A reward model of two outputs: one takes what length explains, and the score is the other, quality.",
+            "arXiv:2402.07319, with the weights of its code",
+            "The correlations are over the whole optimizer step, however it is cut: large steps estimate them "
+            "better. A score is the quality alone, in judging and as a reward.",
+        ),
     }
 )
 

@@ -179,6 +179,52 @@ def grpo(
     return losses, metrics
 
 
+@objective(
+    unit="token",
+    kind="policy_gradient",
+    advantages="group_mean_std",
+    surrogate=True,
+    source="arXiv:2506.13585, equations 4 and 5 (CISPO), without a lower bound as in its experiments; "
+    "the cap's size: arXiv:2510.13786",
+)
+def cispo(
+    per_token_logps: Tensor,
+    old_per_token_logps: Tensor,
+    advantages: Tensor,
+    owner: Tensor,
+    *,
+    epsilon_max: float = 5.0,
+) -> tuple[Tensor, Metrics]:
+    """Clipped importance weights: REINFORCE per token, reweighted to the policy of now, the weight capped.
+
+    Formula:
+        rho_t = pi(y_t | ...) / old(y_t | ...)
+        loss_t = -sg(min(rho_t, epsilon_max)) A log pi(y_t | ...), where sg holds its argument constant
+    Hyperparameters:
+        epsilon_max: the cap itself: no token weighs more than this; >= 1
+    Returns:
+        losses (S,); ratio, capped (1 where the cap holds). The value means nothing by itself, only its gradient does.
+    Differs:
+        epsilon_max is the cap, not its distance from 1. The paper writes it 1 + epsilon_high, and some trainers ask
+        for that epsilon_high (4.0 there is 5.0 here); others ask for the cap under the same name (5.0 is 5.0).
+        A value below 1, as a distance such as 0.28 would be, is an error.
+        No lower bound: the paper's is set so far off that it never holds.
+        The mean is over all tokens of the step; the paper's is over those of each prompt's group, then over prompts.
+    Failure modes:
+        Nothing holds the policy to its start beyond one batch of samples, and no token ever stops to matter: with
+        many steps on one batch it can run far.
+        For A < 0 a token's weight shrinks with its probability, but its push never ends.
+        Old log-probabilities from another engine or temperature bias every weight: at the first step all must be 1.
+    Use when:
+        You take several steps on one batch of samples, and rare tokens that turn a solution round are to be learnt
+        rather than clipped away.
+    """
+    in_range("epsilon_max", epsilon_max, at_least=1)
+    ratio = _bounded_exp((per_token_logps - old_per_token_logps).detach())
+    losses = -ratio.clamp(max=epsilon_max) * advantages.detach()[owner] * per_token_logps
+    return losses, {"ratio": ratio, "capped": (ratio > epsilon_max).to(ratio.dtype)}
+
+
 def k3(logps: Tensor, ref_logps: Tensor) -> Tensor:
     """Estimate of KL(pi || ref) from samples of pi, per entry: ``exp(d) - d - 1`` with d = ref - pi; never
     < 0.
@@ -211,4 +257,4 @@ def _clipped(
     return -torch.minimum(plain, clipped), metrics
 
 
-__all__ = ["grpo", "k3", "ppo_clip", "reinforce", "rloo"]
+__all__ = ["cispo", "grpo", "k3", "ppo_clip", "reinforce", "rloo"]

@@ -19,7 +19,7 @@ from steerwell.objectives.pair_losses import (
     logistic,
     pair_metrics,
 )
-from steerwell.objectives.table import Metrics, in_range, objective, one_of
+from steerwell.objectives.table import Metrics, ObjectiveError, in_range, objective, one_of
 
 #: log-odds are taken of mean log-probabilities at most this: at 0 they would be infinite.
 NEARLY_CERTAIN = -1e-6
@@ -34,7 +34,7 @@ def cpo(
     *,
     beta: float = 0.1,
     alpha: float = 1.0,
-    nll: str = "mean",
+    nll: str | None = None,
 ) -> tuple[Tensor, Metrics]:
     """Contrastive preference optimisation: DPO with a uniform reference, plus imitation of the chosen side.
 
@@ -45,7 +45,7 @@ def cpo(
     Hyperparameters:
         beta: scale of the preference term's reward
         alpha: weight of imitation; 0 leaves the preference term alone
-        nll: "mean" takes imitation per token, "sum" per completion
+        nll: "mean" takes imitation per token, "sum" per completion; None takes "mean"; an error while alpha is 0
     Returns:
         losses (M,); rewards beta * lp, margins and accuracies; nll/chosen, the chosen side's negative
         log-likelihood as it is in the loss
@@ -63,9 +63,12 @@ def cpo(
     """
     in_range("beta", beta, above=0)
     in_range("alpha", alpha, at_least=0)
-    one_of("nll", nll, ("mean", "sum"))
+    if nll is not None:
+        one_of("nll", nll, ("mean", "sum"))
+        if alpha == 0:
+            raise ObjectiveError(f"nll is used while alpha is not 0, and alpha is {alpha!r}")
     rewards = beta * logps[pairs]
-    size = lengths[pairs].clamp(min=1) if nll == "mean" else torch.ones_like(rewards)
+    size = torch.ones_like(rewards) if nll == "sum" else lengths[pairs].clamp(min=1)
     imitation = -logps[pairs] / size
     losses = expected(logistic, rewards[0] - rewards[1], pair_probs)
     losses = losses + alpha * expected_either(lambda preferred, _: preferred, imitation, pair_probs)

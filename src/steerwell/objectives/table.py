@@ -7,7 +7,8 @@ keys, help texts and documents come from the signature. It returns ``(losses, me
 The decorator :func:`objective` only notes a few facts on the function and enters it in :data:`TABLE`.
 Everything else here reads signatures and docstrings.
 
-Shape letters: N completions, S scored tokens, M pairs, R figures that are carried along.
+Shape letters: N completions, S scored tokens, M pairs, U steps, R figures that are carried along; of reward models H
+outputs of the head, A named attributes, D the width of what the head reads.
 """
 
 from __future__ import annotations
@@ -24,8 +25,9 @@ from torch import Tensor
 
 from steerwell.objectives.mixtures import MIXTURES, mixture_page
 
-Unit = Literal["pair", "completion", "token"]
+Unit = Literal["pair", "completion", "token", "step"]
 Kind = Literal["policy", "reward", "policy_gradient"]
+HeadKind = Literal["score", "attributes", "quantiles", "members", "quality_length"]
 Metrics = dict[str, Tensor]
 
 
@@ -77,21 +79,45 @@ TENSORS: dict[str, TensorFacts] = {
     "token_weights": TensorFacts(("S",), torch.float32, "given weight of each scored token"),
     "turns": TensorFacts(("S",), torch.long, "which of the assistant's turns in its completion, from 0"),
     "steps": TensorFacts(("S",), torch.long, "which step of its completion a scored token is of, from 0"),
+    "step_scores": TensorFacts(("U",), torch.float32, "log-odds that a step is right, by the reward model"),
+    "step_owner": TensorFacts(("U",), torch.long, "which completion a step belongs to"),
+    "step_labels": TensorFacts(
+        ("U",), torch.float32, "probability that the step is right, NaN where there is no label"
+    ),
     "shared_tokens": TensorFacts(
         ("M",), torch.long, "how many scored tokens both completions of the pair begin with"
     ),
+    "head_scores": TensorFacts(
+        ("N", "H"), torch.float32, "all outputs of a reward model's head, by completion"
+    ),
+    "head_weights": TensorFacts(("H", "D"), torch.float32, "the weights of a reward model's head"),
+    "attributes": TensorFacts(
+        ("N", "A"), torch.float32, "given score of each completion by attribute, NaN where there is none"
+    ),
+    "pair_strengths": TensorFacts(
+        ("M",),
+        torch.float32,
+        "by how much row 0 is better: 0 a tie, 1 slightly, 2 clearly, 3 by far; NaN: unknown",
+    ),
+    "pair_draws": TensorFacts(
+        ("M",),
+        torch.long,
+        "a number below 2^48 that is always the same for this pair, and another for others",
+    ),
     "running": TensorFacts(("R",), torch.float32, "figures that the objective carries from step to step"),
 }
-UNIT_LETTER: dict[str, str] = {"pair": "M", "completion": "N", "token": "S"}
+UNIT_LETTER: dict[str, str] = {"pair": "M", "completion": "N", "token": "S", "step": "U"}
 DEFAULT_REDUCTION: dict[str, str] = {
     "pair": "pair_mean",
     "completion": "completion_mean",
     "token": "token_mean",
+    "step": "step_mean",
 }
 UNIT_REDUCTIONS: dict[str, tuple[str, ...]] = {
     "pair": ("pair_mean",),
     "completion": ("completion_mean",),
     "token": ("token_mean", "sequence_mean", "sequence_sum"),
+    "step": ("step_mean", "step_sequence_mean"),
 }
 
 
@@ -122,6 +148,7 @@ class Objective(Protocol):
     running: Running | None
     rises_at_start: str
     notes: str
+    head: HeadKind
 
     def __call__(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Metrics]: ...
 
@@ -144,6 +171,7 @@ def objective(
     running: Running | None = None,
     rises_at_start: str = "",
     notes: str = "",
+    head: HeadKind = "score",
 ) -> Callable[[F], F]:
     """Note these facts on a function and enter it in :data:`TABLE` under its name.
 
@@ -159,6 +187,8 @@ def objective(
     Without it, as in a plain call, the objective takes the figures of the batch at hand.
     rises_at_start: why the loss, by its definition, may rise at the start of a run when the better completion
     gets likelier, although it falls far from there; empty for all losses that go down from the first step.
+    head: of a reward objective, what the outputs of the model's head are: one score; the attributes of the data; the
+    quantiles of a score (hyperparameter levels); members of an ensemble (hyperparameter members); quality and length.
     Raises ObjectiveError if the signature breaks the rules of the module docstring.
     """
 
@@ -178,7 +208,7 @@ def objective(
         noted.decomposable, noted.surrogate, noted.advantages = decomposable, surrogate, advantages
         noted.mask, noted.only_if, noted.notes = mask, dict(only_if or {}), notes
         noted.running = running
-        noted.rises_at_start = rises_at_start
+        noted.rises_at_start, noted.head = rises_at_start, head
         TABLE[name] = cast(Objective, fn)
         return fn
 

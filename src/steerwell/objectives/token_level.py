@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from steerwell.objectives.pair_losses import expected, logistic, pair_metrics
-from steerwell.objectives.table import Metrics, in_range, objective
+from steerwell.objectives.table import Metrics, ObjectiveError, in_range, objective
 
 
 def _summed(by_token: Tensor, owner: Tensor, completions: Tensor) -> Tensor:
@@ -29,7 +29,7 @@ def tdpo(
     *,
     beta: float = 0.1,
     alpha: float = 0.5,
-    stop_gradient: bool = True,
+    stop_gradient: bool | None = None,
 ) -> tuple[Tensor, Metrics]:
     """Token-level DPO: a margin that also weighs how far the policy has left the reference on each side.
 
@@ -40,7 +40,8 @@ def tdpo(
     Hyperparameters:
         beta: how strongly the policy is held to the reference; larger holds more
         alpha: weight of the difference in divergence; 0 is DPO
-        stop_gradient: hold D(y_w) constant (TDPO2); with alpha = 1 and False it is TDPO1
+        stop_gradient: hold D(y_w) constant (TDPO2); with alpha = 1 and False it is TDPO1; None holds it; an error
+            while alpha is 0
     Returns:
         losses (M,), ln 2 for each pair at the start; rewards beta * h, margins and accuracies, kl/chosen and
         kl/rejected (D of each side)
@@ -53,11 +54,14 @@ def tdpo(
     """
     in_range("beta", beta, above=0)
     in_range("alpha", alpha, at_least=0)
+    if stop_gradient is not None and alpha == 0:
+        raise ObjectiveError(f"stop_gradient is used while alpha is not 0, and alpha is {alpha!r}")
+    held = stop_gradient is not False
     rewards = beta * (logps[pairs] - ref_logps[pairs])
     divergence = _summed(per_token_kl, owner, logps)[pairs]
 
     def loss(preferred: int, other: int) -> Tensor:
-        near = divergence[preferred].detach() if stop_gradient else divergence[preferred]
+        near = divergence[preferred].detach() if held else divergence[preferred]
         excess = beta * alpha * (divergence[other] - near)
         return logistic(rewards[preferred] - rewards[other] - excess)
 
@@ -188,6 +192,8 @@ def step_dpo(
         then, step 0 is the one that counts, and steps that follow it do not. A history within the completions
         gives the same loss: steps before k are equal on both sides and left out.
         Tokens of step k that both completions begin with are counted on both sides, where they cancel.
+        The authors' code puts no end-of-text token behind the preferred and the other step. One that steps counts as
+        of step k is taught to follow it: give it a step of its own unless the solution ends there.
     Failure modes:
         Where a step ends is the data's word: steps cut too long are plain DPO.
         Two completions that are one and the same, or of which one stops where the other goes on to a new step, have

@@ -23,6 +23,8 @@ from steerwell.objectives.table import TABLE, hyperparameters
 #: takes more.
 LEARNING_RATES = {"sft": 2e-5, "policy": 1e-6, "reward": 1e-5, "policy_gradient": 1e-6}
 LORA_FACTOR = 10.0
+#: When the head of a reward model is trained alone.
+HEAD_RATE = 1e-3
 
 
 class TrainConfig(BaseModel):
@@ -67,6 +69,27 @@ class TrainConfig(BaseModel):
     pooling: Literal["last", "mean", "cls"] = Field(
         default="last",
         description="where a reward model reads its score: last or mean; on an encoder cls (the default there) or mean",
+    )
+    train_only: Literal["head", "gate"] | None = Field(
+        default=None,
+        description="of a reward model: its head alone, or the gate of its head; None: all of it",
+    )
+    normalise: bool = Field(
+        default=False,
+        description="of a reward model: scores of mean 0 and deviation 1 over the training completions",
+    )
+    calibrate: bool = Field(
+        default=False,
+        description="of a reward model: the temperature of its probabilities, fitted to the evaluation pairs",
+    )
+    aggregate: Literal["min", "prod", "last"] | None = Field(
+        default=None,
+        description="how a process reward model makes one score of its steps'; None: min, where steps alone are scored",
+    )
+    step_separator: str = Field(
+        default="\n\n",
+        min_length=1,
+        description="what parts the steps of completions that do not say their own",
     )
     reference_cache: str = Field(
         default="auto", description="file of reference log-probs that runs share: auto, off or a path"

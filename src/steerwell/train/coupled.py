@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from steerwell.objectives.reduce import reduce
+from steerwell.objectives.reduce import BY_OWNER, reduce
 from steerwell.objectives.table import TENSORS
 from steerwell.train.terms import Term
 
@@ -136,7 +136,7 @@ def learn(
     with torch.set_grad_enabled(backward):
         for term in terms:
             each, metrics[term.name] = outcome(term, {**whole.tensors, **leaves}, carried)
-            owner = loss_owner(term, whole.tensors) if term.reduction == "sequence_mean" else None
+            owner = loss_owner(term, whole.tensors) if term.reduction in BY_OWNER else None
             own = reduce(each, term.reduction, denominator=counts[term.name], owner=owner)
             losses[term.name] = own.detach()
             value = value + term.weight * own
@@ -147,7 +147,9 @@ def learn(
 
 
 def loss_owner(term: Term, tensors: Mapping[str, Tensor]) -> Tensor:
-    """Which completion each of a term's losses by token belongs to."""
+    """Which completion each of a term's losses by token or by step belongs to."""
+    if term.unit == "step":
+        return tensors["step_owner"][~tensors["step_labels"].isnan()]
     owner = tensors["owner"]
     return owner if term.mask is None else owner[tensors[term.mask][owner]]
 

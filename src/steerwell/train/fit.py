@@ -43,6 +43,7 @@ from steerwell.train.provide import Provider
 from steerwell.train.ranks import Ranks
 from steerwell.train.rundir import RunDir, TrainingError
 from steerwell.train.schedule import rate
+from steerwell.train.settle import settle
 from steerwell.train.sinks import open_sinks
 from steerwell.train.sources import Source, derived_seed, rollout_figures, shuffled
 from steerwell.train.step import kl_figures, run_items, suspects
@@ -172,6 +173,8 @@ def _finish(run: Run, last: int, metrics: MetricsFile, timing: Timing) -> None:
         about["best"] = run.best.about()
     if run.masters is not None:
         run.masters.close()
+    if isinstance(run.trained, RewardModel) and (run.config.normalise or run.config.calibrate):
+        about["scoring"] = settle(run.trained, run.provider, run.config, run.items, run.eval_items)
     with _writing("the model"):
         metrics.sync()
         _save_model(run)

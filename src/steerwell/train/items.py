@@ -20,6 +20,7 @@ from torch import Tensor
 
 from steerwell.data.errors import InputError
 from steerwell.data.messages import digest
+from steerwell.data.steps import SEPARATOR, check_steps, with_steps
 from steerwell.data.types import CompletionGroup
 from steerwell.models.batch import Layout, n_tokens
 from steerwell.models.render import (
@@ -83,10 +84,12 @@ def prepare(
     *,
     into: Any = None,
     context: int | None = None,
+    step_separator: str = SEPARATOR,
     reader: RewardModel | None = None,
 ) -> Prepared:
     """Tokenise what the terms read, a slice of the groups at a time; each group is asked for once. A group that
-    ``max_length`` leaves nothing of to score is left out and counted.
+    ``max_length`` leaves nothing of to score is left out and counted. Completions without ``steps`` are cut by
+    ``step_separator``, where steps are asked for.
 
     ``reader`` is a reward model that makes tokens in its own way (an encoder's pairs) and cuts them itself.
     The items go ``into`` what is given (an :class:`~steerwell.train.item_file.ItemFile`), else into a list.
@@ -99,7 +102,10 @@ def prepare(
     too_long: InputError | None = None
     first: tuple[CompletionGroup, InputError] | None = None
     refused = done = 0
+    stepwise = "steps" in needed(terms)
     for part in _kept(groups, terms, account):
+        if stepwise:
+            part = [_cut(group, step_separator) for group in part]
         read = tokenize_groups(tokenizer, part) if reader is None else reader.tokenize(part, max_length)
         for group, tokens in zip(part, read, strict=True):
             if max_length is not None and not truncate(tokens, max_length):
@@ -109,7 +115,7 @@ def prepare(
                 error = _nothing_scored(tokens)
                 account.leave_out("a completion has no token to score")
             else:
-                item = _item(group, tokens, terms, layout)
+                item = _item(group, tokens, terms, layout, tokenizer)
                 too_long = too_long or _longer(item, context)
                 account.count(item)
                 items.append(item)
@@ -144,6 +150,16 @@ def _kept(
         part.append(kept)
     if part:
         yield part
+
+
+def _cut(group: CompletionGroup, separator: str) -> CompletionGroup:
+    """The group with steps for all completions; raises :class:`InputError` where they or their labels do not fit."""
+    try:
+        cut = with_steps(group, separator)
+        check_steps(cut)
+    except InputError as error:
+        raise about(group, error) from error
+    return cut
 
 
 def _nothing_scored(tokens: TokenizedGroup) -> InputError:
@@ -219,7 +235,9 @@ class _Account:
         }
 
 
-def _item(group: CompletionGroup, tokens: TokenizedGroup, terms: Seq[Term], layout: Layout) -> Item:
+def _item(
+    group: CompletionGroup, tokens: TokenizedGroup, terms: Seq[Term], layout: Layout, tokenizer: Any
+) -> Item:
     names = needed(terms)
     if any(term.kind == "reward" for term in terms):
         names -= {"scores"}  # the model's own
@@ -252,7 +270,7 @@ def _item(group: CompletionGroup, tokens: TokenizedGroup, terms: Seq[Term], layo
         demonstrations=demonstrations(group) if "demonstrations" in names else [],
         old_per_token_logps=old,
         finished=[completion.finished for completion in group.completions],
-        extra=targets.made(names, group, tokens),
+        extra=targets.made(names, group, tokens, tokenizer),
     )
 
 
@@ -270,8 +288,12 @@ def set_advantages(items: Seq[Item], name: str) -> None:
         item.advantages = [next(values) for _ in item.rewards]
 
 
-def gather(items: Seq[Item], names: set[str], device: torch.device) -> dict[str, Tensor]:
-    """Targets of several items as tensors: ``lengths``, ``group`` and those of ``names`` that items hold."""
+def gather(
+    items: Seq[Item], names: set[str], device: torch.device, logps: torch.dtype = torch.float32
+) -> dict[str, Tensor]:
+    """Targets of several items as tensors: ``lengths``, ``group`` and those of ``names`` that items hold; recorded
+    log-probs in the type ``logps``.
+    """
     out: dict[str, Tensor] = {
         "lengths": _floats((n for item in items for n in item.lengths), device),
         "group": torch.tensor([g for g, item in enumerate(items) for _ in item.lengths], device=device),
@@ -292,10 +314,15 @@ def gather(items: Seq[Item], names: set[str], device: torch.device) -> dict[str,
     for name in names & {"pair_probs", "rewards", "advantages"}:
         out[name] = _floats((value for item in items for value in getattr(item, name)), device)
     for name in {name for name in names for item in items if name in item.extra}:
-        out[name] = targets.tensor(name, (x for item in items for x in item.extra[name]), device)
+        values = (x for item in items for x in item.extra[name])
+        out[name] = targets.tensor(name, values, device, len(out["lengths"]))
+    if "step_owner" in out:
+        counts = torch.tensor([len(item.extra["step_owner"]) for item in items], device=device)
+        before = torch.tensor([0, *(len(item.lengths) for item in items)], device=device).cumsum(0)[:-1]
+        out["step_owner"] = out["step_owner"] + before.repeat_interleave(counts)
     for name in names & {"ref_logps", "ref_per_token_logps", "old_per_token_logps"}:
         if items and all(getattr(item, name) for item in items):
-            out[name] = _floats((value for item in items for value in getattr(item, name)), device)
+            out[name] = _floats((value for item in items for value in getattr(item, name)), device, logps)
     return out
 
 
@@ -314,8 +341,8 @@ def items_digest(items: Iterable[Item]) -> str:
     return digest(state.hexdigest())
 
 
-def _floats(values: Any, device: torch.device) -> Tensor:
-    return torch.tensor(list(values), dtype=torch.float32, device=device)
+def _floats(values: Any, device: torch.device, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.tensor(list(values), dtype=dtype, device=device)
 
 
 def _refuse_equal_pairs(group: CompletionGroup, tokens: TokenizedGroup) -> None:

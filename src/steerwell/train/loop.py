@@ -35,6 +35,7 @@ from steerwell.train.config import (
 )
 from steerwell.train.displacement import Displacement
 from steerwell.train.fit import Run, Watch, fit
+from steerwell.train.heads import asked_head
 from steerwell.train.item_file import Chosen, ItemFile, sizes
 from steerwell.train.items import Item, Prepared, Progress, items_digest, prepare
 from steerwell.train.layers import needs_checkpointing, set_layers
@@ -164,6 +165,11 @@ def _check(policy: Any, order: _Order, evaluated: bool) -> None:
         check_data(terms, order.groups)
     if evaluated:
         check_data(terms, order.eval_groups, "the evaluation data")
+    if order.config.calibrate and not any(group.pairs for group in order.eval_groups):
+        raise InputError(
+            "calibrate needs held-out pairs; no group of the evaluation data has one",
+            mend="Resolve the annotations first: steerwell.resolve.majority(groups).",
+        )
     if order.reference in (None, "none"):
         for term in terms:
             if (REFERENCE_NAMES | LIVE_NAMES) & set(term.tensors):
@@ -176,6 +182,9 @@ def _check(policy: Any, order: _Order, evaluated: bool) -> None:
         raise InputError(f"{terms[0].name} takes no reference", mend="Leave reference out.")
     if isinstance(policy, RewardModel) and "pooling" in order.config.model_fields_set:
         raise InputError("a reward model keeps its pooling", mend="Leave pooling out.")
+    if isinstance(policy, RewardModel) and policy.recipe.aggregate is not None:
+        for name in sorted({"aggregate", "step_separator"} & order.config.model_fields_set):
+            raise InputError(f"a process reward model keeps its {name}", mend=f"Leave {name} out.")
     if isinstance(policy, RewardModel) and terms[0].kind != "reward":
         raise InputError(f"{terms[0].name} trains a policy, and a reward model was given")
     if order.adapter is not None and not isinstance(policy, str | Path):
@@ -204,7 +213,7 @@ def _refuse_unused(
         name = next(t.name for t in terms if {"pairs", "labels", "demonstrations"} & set(t.tensors))
         raise InputError(
             f"{name} cannot learn from rollouts: they have scores only",
-            mend="Use grpo, rloo, reinforce or ppo_clip.",
+            mend="Use grpo, cispo, rloo, reinforce or ppo_clip.",
         )
     if config.eval_every is not None and not evaluated:
         raise InputError("eval_every is given without eval_data", mend="Give eval_data.")
@@ -212,12 +221,30 @@ def _refuse_unused(
         raise InputError("watch_every is given without watch", mend="Give watch=callable.")
     if "pooling" in given and terms[0].kind != "reward":
         raise InputError(f"pooling is not used by {terms[0].name}", mend="It is a setting of reward models.")
+    for name in ("train_only", "normalise", "calibrate"):
+        if getattr(config, name) and terms[0].kind != "reward":
+            raise InputError(
+                f"{name} is not used by {terms[0].name}", mend="It is a setting of reward models."
+            )
+    if (config.normalise or config.calibrate) and "step_scores" in needed(terms):
+        raise InputError(
+            f"normalise and calibrate are not used by {terms[0].name}",
+            mend="Say model.normalised(groups) when it is trained.",
+        )
+    if config.calibrate and not evaluated:
+        raise InputError(
+            "calibrate is given without eval_data", mend="Give held-out pairs: never those of training."
+        )
+    for name, wanted in (("aggregate", "step_scores"), ("step_separator", "steps")):
+        if name in given and wanted not in needed(terms):
+            raise InputError(f"{name} is not used by {terms[0].name}", mend="It is for objectives of steps.")
 
 
 def _train(policy: Any, order: _Order, folder: RunDir, ranks: Ranks) -> Model:
     reward = order.terms[0].kind == "reward"
     owned = isinstance(policy, str | Path)
-    asked = order.adapter, order.config
+    head = asked_head(order.terms, order.groups) if reward else None
+    asked = order.adapter, order.config, head
     given: Model = ranks.together(lambda: load_model(policy, reward, *asked)) if owned else policy
     config = completed(order.config, order.terms, given)
     start = start_digest(given)
@@ -246,7 +273,7 @@ def _train(policy: Any, order: _Order, folder: RunDir, ranks: Ranks) -> Model:
         if order.progress is not None:
             order.progress("train", 1, 1, f"{folder.path} holds this run, finished; nothing was trained")
         return load_model(folder.model, reward)
-    trained, dtype = to_train(given, reward, owned, config), getattr(torch, config.dtype)
+    trained, dtype = to_train(given, head, owned, config), getattr(torch, config.dtype)
     once = order.source is None and not LIVE_NAMES & needed(order.terms)
     lent = not owned and ranks.alone
     live = live_reference(reference, given, trained, first_only=once, lent=lent, dtype=dtype)
@@ -290,13 +317,12 @@ def _run(
         reference=reference,
         max_tokens=config.max_tokens,
         layout=config.layout,
-        pooling=trained.recipe.pooling if isinstance(trained, RewardModel) else "last",
         temperature=1.0 if order.source is None else order.source.temperature,
         limit=config.max_length or context_of(trained.model),
         device=trained.device,
         ranks=ranks,
         precision=config.dtype,
-        scoring=isinstance(trained, RewardModel),
+        scoring=trained.recipe if isinstance(trained, RewardModel) else None,
     )
     if order.source is None and names & REFERENCE_NAMES:
         reached = epoch_order(len(data.items), 0, config.seed)[:stream]  # all, unless the run is short
@@ -381,6 +407,8 @@ def _prepared(
     """
     if not groups:
         return Prepared([], {})
+    own = given.recipe if isinstance(given, RewardModel) else None
+    separator = own.step_separator if own is not None and own.aggregate is not None else config.step_separator
     reader = given if isinstance(given, RewardModel) and given.recipe.template == "pair" else None
     data = prepare(
         groups,
@@ -391,6 +419,7 @@ def _prepared(
         order.progress,
         into=into,
         context=context_of(given.model),
+        step_separator=separator,
         reader=reader,
     )
     notes, about = list(data.about["notes"]), dict(data.about)

@@ -20,7 +20,7 @@ from transformers import PreTrainedTokenizerBase
 
 from steerwell.data.errors import InputError
 from steerwell.models.batch import build, layout_for, pack
-from steerwell.models.forward import per_token_logps, reward_scores, sum_by_owner
+from steerwell.models.forward import per_token_logps, sum_by_owner
 from steerwell.models.render import TokenizedGroup, ending
 from steerwell.train.items import Item
 from steerwell.train.metrics import Totals
@@ -143,8 +143,8 @@ def _first(tokens: TokenizedGroup) -> TokenizedGroup:
 def _each(provider: Provider, groups: Seq[TokenizedGroup], layout: Any) -> Tensor:
     """One number per completion: its score, or its summed log-prob."""
     batch = build(groups, layout).to(provider.device)
-    if provider.scoring:
-        return reward_scores(provider.model, batch, provider.pooling)
+    if provider.scoring is not None:
+        return provider.head_tensors(batch)["scores"]
     logps = per_token_logps(provider.model, batch, temperature=provider.temperature)
     return sum_by_owner(logps.double(), batch.owner, batch.n)
 

@@ -17,10 +17,13 @@ from torch import Tensor
 from steerwell.data.errors import InputError
 from steerwell.models.batch import Layout, build, layout_for, pack
 from steerwell.models.distribution import collision, divergence, predicting
-from steerwell.models.forward import Pooling, per_token_logps, reward_scores, sum_by_owner, token_logps
+from steerwell.models.encoder import score_layer
+from steerwell.models.forward import head_outputs, per_token_logps, sum_by_owner, token_logps, unwrap
 from steerwell.models.render import Sequence as TokenSequence
 from steerwell.models.render import TokenizedGroup
-from steerwell.models.sharding import inside
+from steerwell.models.scoring import ScoringRecipe, combined
+from steerwell.models.sharding import inside, whole
+from steerwell.models.step_scores import step_scores
 from steerwell.train.item_file import keep_reference
 from steerwell.train.items import Item, gather, scored_tokens
 from steerwell.train.ranks import ALONE, Ranks
@@ -51,13 +54,12 @@ class Provider:
     reference: Reference
     max_tokens: int
     layout: Any
-    pooling: Pooling
     device: torch.device
     temperature: float = 1.0
     limit: int | None = None  # most tokens of prompt and completion together
     ranks: Ranks = ALONE
     precision: str = ""  # what log-probs are computed in; part of what they are filed under
-    scoring: bool = False  # whether the model in training is a reward model
+    scoring: ScoringRecipe | None = None  # of a reward model in training
 
     def micro_batches(self, items: Sequence[Item]) -> list[MicroBatch]:
         """This process's share of the items, cut under the token budget: whole groups, an over-long one alone.
@@ -74,14 +76,19 @@ class Provider:
 
     def targets(self, items: Sequence[Item]) -> dict[str, Tensor]:
         """What the items hold, as tensors; enough to count denominators before any forward pass."""
-        return gather(items, set(self.names), self.device)
+        # A sum over a completion, rounded to float32, is off by a millionth of a nat: too much beside float64.
+        fine = torch.float64 if self.precision == "float64" else torch.float32
+        return gather(items, set(self.names), self.device, fine)
 
     def tensors(self, items: Sequence[Item], targets: dict[str, Tensor]) -> dict[str, Tensor]:
         """The targets and everything that takes a forward pass, for one micro-batch."""
-        batch = self._build(items)
+        batch = self.batch(items)
         out = dict(targets)
-        if self.scoring:
-            out["scores"] = reward_scores(self.model, batch, self.pooling)
+        if self.scoring is not None:
+            if "step_scores" in self.names:
+                out["step_scores"], _ = step_scores(self.model, batch, targets["steps"])
+            if not {"step_scores"} >= self.names & {"step_scores", "scores", "head_scores"}:
+                out |= self.head_tensors(batch)
             return out
         logps = (
             self._policy(batch, out) if self.names & DISTRIBUTION_NAMES else self._logps(self.model, batch)
@@ -97,9 +104,21 @@ class Provider:
             out["ref_logps"] = sum_by_owner(ref, batch.owner, batch.n)
         return out
 
+    def head_tensors(self, batch: Any) -> dict[str, Tensor]:
+        """What a reward model's head says of a batch: ``head_scores`` (N, H) and ``scores`` (N,); where they are asked
+        for also its weights.
+        """
+        assert self.scoring is not None
+        found, gate = head_outputs(self.model, batch, self.scoring.pooling, gated=self.scoring.gate)
+        out = {"head_scores": found, "scores": combined(found, self.scoring, gate)}
+        if "head_weights" in self.names:
+            layer = score_layer(unwrap(self.model))
+            out["head_weights"] = inside(self.model, lambda: whole(layer.weight).float().clone())
+        return out
+
     def logps(self, items: Sequence[Item]) -> tuple[Tensor, Tensor]:
         """Log-probs of the scored tokens under the model in training, and whose they are, (S,) each."""
-        batch = self._build(items)
+        batch = self.batch(items)
         return self._logps(self.model, batch), batch.owner
 
     def _logps(self, model: Any, batch: Any) -> Tensor:
@@ -175,7 +194,7 @@ class Provider:
         with self.reference.active() as model:
             for part in self.micro_batches(items):
                 # in the type that files keep, so that a run that computes them and one that reads them agree
-                logps = self._logps(model, self._build(part.items)).float().tolist()
+                logps = self._logps(model, self.batch(part.items)).float().tolist()
                 if part.live:
                     for item, own in zip(
                         part.items, _cut(logps, [sum(i.lengths) for i in part.items]), strict=True
@@ -195,7 +214,7 @@ class Provider:
         moved = _mismatch(items, self.limit)
         total = torch.zeros((), dtype=torch.float64, device=self.device)
         for part in self.micro_batches(moved):
-            batch = self._build(part.items)
+            batch = self.batch(part.items)
             with torch.no_grad():
                 mine = per_token_logps(self.model, batch, temperature=self.temperature)
             with self.reference.active() as model:
@@ -207,7 +226,8 @@ class Provider:
         count = sum(len(item.lengths) for item in moved)
         return (total / max(1, count)).clamp(min=0).float()
 
-    def _build(self, items: Sequence[Item]) -> Any:
+    def batch(self, items: Sequence[Item]) -> Any:
+        """The items packed in one batch, on the device of the model."""
         return build([item.tokens for item in items], self.layout_of_models()).to(self.device)
 
     def layout_of_models(self) -> Layout:

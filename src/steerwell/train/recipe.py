@@ -19,7 +19,7 @@ from steerwell.train.items import Progress
 from steerwell.train.loop import Model, checked, train
 from steerwell.train.metrics import read_metrics
 from steerwell.train.sources import Judge, rollouts
-from steerwell.train.terms import Term, needed
+from steerwell.train.terms import Term, needed, targets_of
 
 RULES: dict[str, Callable[..., resolve.Resolved]] = {
     "majority": resolve.majority,
@@ -27,6 +27,9 @@ RULES: dict[str, Callable[..., resolve.Resolved]] = {
     "mean": resolve.mean,
     "labels": resolve.labels,
     "ranks": resolve.ranks,
+    "strengths": resolve.strengths,
+    "attributes": resolve.attributes,
+    "step_labels": resolve.step_labels,
 }
 SQLITE = b"SQLite format 3\x00"
 
@@ -118,6 +121,18 @@ def _recorded(
     recipe: Recipe, terms: Sequence[Term], notes: list[str]
 ) -> tuple[list[CompletionGroup], list[CompletionGroup] | None]:
     """The groups to train on and those to evaluate on (None: nothing to evaluate on), with targets."""
+    found, held_out = recorded(recipe, notes)
+    data = targets(found, recipe.resolve, terms, notes)
+    quiet: list[str] = []
+    held_out = targets(held_out, recipe.resolve, terms, quiet) if held_out else None
+    notes += [f"held out: {note}" for note in quiet]
+    return data, held_out or None
+
+
+def recorded(recipe: Recipe, notes: list[str]) -> tuple[list[CompletionGroup], list[CompletionGroup] | None]:
+    """The groups of a recipe to train on and those to evaluate on (None: it names none), with their evidence and no
+    targets yet. What was read is told in ``notes``. Raises :class:`InputError` for data that cannot be read.
+    """
     held_out: list[CompletionGroup] | None = None
     if is_store(recipe.data):
         with open_store(recipe.data, create=False) as store:
@@ -139,11 +154,7 @@ def _recorded(
                 held_out = store.groups()
         else:
             held_out = _file(recipe.eval_data, notes)
-    data = targets(found, recipe.resolve, terms, notes)
-    quiet: list[str] = []
-    held_out = targets(held_out, recipe.resolve, terms, quiet) if held_out else None
-    notes += [f"held out: {note}" for note in quiet]
-    return data, held_out or None
+    return found, held_out or None
 
 
 def targets(
@@ -179,12 +190,19 @@ def _rules_for(groups: Sequence[CompletionGroup], terms: Sequence[Term]) -> list
     kinds = {annotation.kind for group in groups for annotation in group.annotations}
     have_pairs = any(group.pairs for group in groups)
     have_labels = any(group.labels is not None for group in groups)
-    if "pairs" in names and not have_pairs:
+    graded = any("pair_strengths" in targets_of(term) for term in terms)
+    if graded and not any(group.pair_strengths for group in groups):
+        rules.append("strengths")
+    elif "pairs" in names and not have_pairs:
         rules.append("majority")
+    if "attributes" in names and not any(group.attributes for group in groups):
+        rules.append("attributes")
     if "labels" in names and not have_labels:
         rules.append("labels")
     if "ranks" in names and not any(group.ranks is not None for group in groups):
         rules.append("ranks")
+    if "step_labels" in names and not any(group.step_labels is not None for group in groups):
+        rules.append("step_labels")
     scored = {"rewards", "advantages"} | ({"scores"} if terms[0].kind != "reward" else set())
     if names & scored and not any(group.scores is not None for group in groups):
         rules.append("mean")
@@ -217,4 +235,4 @@ def is_store(word: str) -> bool:
     return "://" in word or path.suffix in (".db", ".sqlite", ".sqlite3")
 
 
-__all__ = ["Trained", "is_store", "run_recipe", "targets"]
+__all__ = ["Trained", "is_store", "recorded", "run_recipe", "targets"]

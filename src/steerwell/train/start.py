@@ -11,29 +11,41 @@ import torch
 
 from steerwell.data.errors import InputError
 from steerwell.data.messages import digest
+from steerwell.models.adapter_files import is_adapter
 from steerwell.models.adapters import Adapter, fresh_adapter, scalings, settings_of
 from steerwell.models.directory import model_place
+from steerwell.models.encoder import head_parts
 from steerwell.models.load import Policy, encoder_config, load_policy, weights_digest
-from steerwell.models.reward_model import RewardModel, ScoringRecipe, load_reward_model
+from steerwell.models.load_reward_model import load_reward_model
+from steerwell.models.reward_model import RewardModel
+from steerwell.models.scoring import ScoringRecipe
 from steerwell.models.sharding import shard, skeleton
-from steerwell.train.config import LEARNING_RATES, LORA_FACTOR, TrainConfig
+from steerwell.train.config import HEAD_RATE, LEARNING_RATES, LORA_FACTOR, TrainConfig
+from steerwell.train.heads import AskedHead, fitted_head
 from steerwell.train.precision import dtype_of, in_dtype, keep_fine, resolved_dtype
 from steerwell.train.ranks import Ranks, current, mesh
 from steerwell.train.reference import Reference, base_digest
 from steerwell.train.sources import derived_seed
-from steerwell.train.terms import Term
+from steerwell.train.terms import Term, needed
 
 Model = Policy | RewardModel
 
 
 def load_model(
-    path: str | Path, reward: bool, adapter: Adapter | None = None, asked: TrainConfig | None = None
+    path: str | Path,
+    reward: bool,
+    adapter: Adapter | None = None,
+    asked: TrainConfig | None = None,
+    head: AskedHead | None = None,
 ) -> Model:
     """A model from its directory, or from a run directory (its ``model``). A bare encoder comes as a new reward
-    model, read as ``asked`` says.
+    model with the ``head`` that is asked for, read as ``asked`` says.
     """
+    head = head or AskedHead()
     place = model_place(path)
     config = Path(place) / "config.json"
+    if reward and is_adapter(place):
+        return load_reward_model(place, **settings_of(adapter))
     if reward and config.is_file() and "ForSequenceClassification" in config.read_text("utf-8"):
         return load_reward_model(place, **settings_of(adapter))
     if reward and encoder_config(place) is not None:
@@ -42,6 +54,8 @@ def load_model(
             place,
             pooling=asked.pooling if asked is not None and named else "cls",
             max_length=None if asked is None else asked.max_length,
+            head=head.kind,
+            outputs=head.outputs,
             **settings_of(adapter),
         )
     return load_policy(place, **settings_of(adapter))
@@ -59,7 +73,9 @@ def completed(config: TrainConfig, terms: Sequence[Term], given: Model) -> Train
         ScoringRecipe("cls")  # says whose it is
     if config.learning_rate is None:
         factor = LORA_FACTOR if hasattr(given.model, "peft_config") else 1.0
-        found["learning_rate"] = LEARNING_RATES[_kind(terms)] * factor
+        found["learning_rate"] = HEAD_RATE if config.train_only else LEARNING_RATES[_kind(terms)] * factor
+    if config.aggregate is None and "step_scores" in needed(terms) and "scores" not in needed(terms):
+        found["aggregate"] = "min"
     return config.model_copy(update=found)
 
 
@@ -81,21 +97,34 @@ def start_digest(given: Model) -> str:
     rest = [(name, p) for name, p in given.model.named_parameters() if "lora_" not in name]
     shapes = [[n, list(p.shape)] for n, p in given.model.named_parameters() if "lora_" in n]
     plain = {f"p{i:06d}": parameter.detach() for i, (_, parameter) in enumerate(rest)}
-    recipe = given.recipe.to_dict() if isinstance(given, RewardModel) else None
+    recipe = given.recipe.digest() if isinstance(given, RewardModel) else None
     return digest(weights_digest(plain), [name for name, _ in rest], shapes, scalings(given.model), recipe)
 
 
-def to_train(given: Model, reward: bool, owned: bool, config: TrainConfig) -> Model:
-    """The model that will be changed: never the caller's own. A new adapter is drawn anew from the seed, so
-    that a run that is started again before its first checkpoint is the same run.
+def to_train(given: Model, head: AskedHead | None, owned: bool, config: TrainConfig) -> Model:
+    """The model that will be changed: never the caller's own. With ``head`` it is a reward model that has it. A new
+    adapter is drawn anew from the seed, so that a run that is started again before its first checkpoint is the
+    same run.
     """
-    if isinstance(given, Policy) and reward:
-        trained: Model = RewardModel.from_policy(given, pooling=config.pooling)
+    if isinstance(given, Policy) and head is not None:
+        trained: Model = RewardModel.from_policy(
+            given, pooling=config.pooling, head=head.kind, outputs=head.outputs
+        )
     else:
         trained = given if owned else given.copy()
-    if isinstance(trained, RewardModel) and trained.recipe.template == "pair":  # scored as it is trained
-        limits = [n for n in (config.max_length, trained.recipe.max_length) if n is not None]
-        trained.recipe = replace(trained.recipe, max_length=min(limits, default=None))
+    if isinstance(trained, RewardModel) and head is not None:
+        trained = fitted_head(trained, head)
+        if config.aggregate is not None and trained.recipe.template == "pair":
+            raise InputError(
+                "an encoder reads all steps at once and cannot score one by what is before it",
+                mend="Train process rewards on a causal language model.",
+            )
+        if config.aggregate is not None and trained.recipe.aggregate is None:
+            trained = trained.with_recipe(aggregate=config.aggregate, step_separator=config.step_separator)
+        if trained.recipe.template == "pair":  # scored as it is trained
+            limits = [n for n in (config.max_length, trained.recipe.max_length) if n is not None]
+            trained = trained.with_recipe(max_length=min(limits, default=None))
+        _restrict(trained, config)
     if fresh_adapter(trained.model):
         generator = torch.Generator().manual_seed(derived_seed(config.seed, "adapter", 0))
         with torch.no_grad():
@@ -105,6 +134,26 @@ def to_train(given: Model, reward: bool, owned: bool, config: TrainConfig) -> Mo
                     drawn = torch.rand(parameter.shape, generator=generator) * 2 * bound - bound
                     parameter.copy_(drawn)
     return trained
+
+
+def _restrict(model: RewardModel, config: TrainConfig) -> None:
+    """Leave only what ``train_only`` names to be trained."""
+    if config.train_only is None:
+        return
+    if hasattr(model.model, "peft_config"):
+        raise InputError("train_only is not used with an adapter", mend="Leave one of the two out.")
+    if config.train_only == "gate" and not model.recipe.gate:
+        raise InputError(
+            "this reward model has no gate", mend='Train attributes first: objective = "regression".'
+        )
+    network = model.model
+    if model.recipe.template == "pair":
+        part = {id(p) for module in head_parts(network) for p in module.parameters() if p.requires_grad}
+    else:
+        head = network.score.gate if config.train_only == "gate" else network.score
+        part = {id(p) for p in head.parameters()}
+    for parameter in network.parameters():
+        parameter.requires_grad_(id(parameter) in part)
 
 
 def named_reference(asked: Any, given: Model, start: str) -> Reference:

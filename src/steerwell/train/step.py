@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from steerwell.objectives.policy_gradient import k3
-from steerwell.objectives.reduce import denominator, reduce
+from steerwell.objectives.reduce import BY_OWNER, denominator, reduce
 from steerwell.train.coupled import (
     Carried,
     Whole,
@@ -34,7 +34,7 @@ from steerwell.train.terms import Term
 
 NOTHING: Mapping[str, Any] = MappingProxyType({})
 #: Targets that denominators count, beside the pairs.
-COUNTED = ("step_labels",)
+COUNTED = ("step_labels", "step_owner")
 
 
 @dataclass(frozen=True)
@@ -210,7 +210,7 @@ def _objectives(
     taken: set[str] = set()
     for term in terms:
         losses, metrics = outcome(term, tensors, carried)
-        owner = loss_owner(term, tensors) if term.reduction == "sequence_mean" else None
+        owner = loss_owner(term, tensors) if term.reduction in BY_OWNER else None
         parts[term.name] = reduce(losses, term.reduction, denominator=counts[term.name], owner=owner)
         _take({term.name: metrics}, totals, taken)
     return parts
@@ -232,7 +232,7 @@ def kl_figures(tensors: Mapping[str, Tensor], totals: Totals) -> None:
     if "ref_per_token_logps" not in tensors:
         return
     mine, ref = tensors["per_token_logps"].detach(), tensors["ref_per_token_logps"]
-    zero = torch.zeros_like(tensors["lengths"])
+    zero = mine.new_zeros(len(tensors["lengths"]))  # a model in float64 has figures in float64
     totals.add("kl/k1", zero.index_add(0, tensors["owner"], mine - ref))
     totals.add("kl/k3", zero.index_add(0, tensors["owner"], k3(mine, ref)))
 

@@ -10,18 +10,24 @@ import math
 from collections.abc import Callable, Iterable, Mapping
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
+from functools import cache
 from types import MappingProxyType
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from steerwell.data.errors import InputError
+from steerwell.data.messages import digest
 from steerwell.data.types import CompletionGroup
 from steerwell.models.render import Sequence, TokenizedGroup
+from steerwell.models.step_tokens import step_places, token_steps
 from steerwell.objectives.table import TENSORS
 
 #: A rank that is not known.
 NO_RANK = -1
+#: Of each completion, the step of each scored token; found when it is first asked for.
+Steps = Callable[[], list[list[int]]]
 
 
 @dataclass(frozen=True)
@@ -32,22 +38,22 @@ class Target:
     enough). ``lacking`` says what to do where no group has one.
     """
 
-    make: Callable[[CompletionGroup, TokenizedGroup], list[float]]
+    make: Callable[[CompletionGroup, TokenizedGroup, Steps], list[float]]
     known: Callable[[CompletionGroup], list[bool]] | None = None
     lacking: str = ""
 
 
-def _ranks(group: CompletionGroup, tokens: TokenizedGroup) -> list[float]:
+def _ranks(group: CompletionGroup, tokens: TokenizedGroup, steps: Steps) -> list[float]:
     ranks = group.ranks or (None,) * len(group.completions)
     return [NO_RANK if rank is None else rank for rank in ranks]
 
 
-def _scores(group: CompletionGroup, tokens: TokenizedGroup) -> list[float]:
+def _scores(group: CompletionGroup, tokens: TokenizedGroup, steps: Steps) -> list[float]:
     scores = group.scores or (None,) * len(group.completions)
     return [math.nan if score is None else float(score) for score in scores]
 
 
-def _token_weights(group: CompletionGroup, tokens: TokenizedGroup) -> list[float]:
+def _token_weights(group: CompletionGroup, tokens: TokenizedGroup, steps: Steps) -> list[float]:
     found: list[float] = []
     weights = group.token_weights or (None,) * len(group.completions)
     for completion, own, sequence in zip(group.completions, weights, tokens.sequences, strict=True):
@@ -72,7 +78,7 @@ def turns(sequence: Sequence) -> list[int]:
     return found
 
 
-def _turns(group: CompletionGroup, tokens: TokenizedGroup) -> list[float]:
+def _turns(group: CompletionGroup, tokens: TokenizedGroup, steps: Steps) -> list[float]:
     return [turn for sequence in tokens.sequences for turn in turns(sequence)]
 
 
@@ -83,8 +89,61 @@ def shared_tokens(one: Sequence, other: Sequence) -> int:
     return next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(first), len(second)))
 
 
-def _shared(group: CompletionGroup, tokens: TokenizedGroup) -> list[float]:
+def _shared(group: CompletionGroup, tokens: TokenizedGroup, steps: Steps) -> list[float]:
     return [shared_tokens(tokens.sequences[p.chosen], tokens.sequences[p.rejected]) for p in group.pairs]
+
+
+def _attributes(group: CompletionGroup, tokens: TokenizedGroup, steps: Steps) -> list[float]:
+    columns = (group.attributes or {}).values()
+    return [
+        math.nan if column[i] is None else float(column[i])  # type: ignore[arg-type]
+        for i in range(len(group.completions))
+        for column in columns
+    ]
+
+
+def _has_attribute(group: CompletionGroup) -> list[bool]:
+    columns = (group.attributes or {}).values()
+    return [any(column[i] is not None for column in columns) for i in range(len(group.completions))]
+
+
+def _strengths(group: CompletionGroup, tokens: TokenizedGroup, steps: Steps) -> list[float]:
+    given = group.pair_strengths or (None,) * len(group.pairs)
+    return [math.nan if strength is None else float(strength) for strength in given]
+
+
+def _steps(group: CompletionGroup, tokens: TokenizedGroup, steps: Steps) -> list[float]:
+    return [step for own in steps() for step in own]
+
+
+def _step_owner(group: CompletionGroup, tokens: TokenizedGroup, steps: Steps) -> list[float]:
+    return [i for i, own in enumerate(steps()) for _ in set(own)]
+
+
+def _step_labels(group: CompletionGroup, tokens: TokenizedGroup, steps: Steps) -> list[float]:
+    found: list[float] = []
+    for labels, own in zip(group.step_labels or (None,) * len(group.completions), steps(), strict=True):
+        there = [own[at] for at in step_places([0] * len(own), own)]  # without those that were cut off
+        given = [None if labels is None else labels[step] for step in there]
+        found += [math.nan if label is None else float(label) for label in given]
+    return found
+
+
+def _labelled(group: CompletionGroup) -> list[bool]:
+    labels = group.step_labels or (None,) * len(group.completions)
+    return [any(label is not None for label in own or ()) for own in labels]
+
+
+def _draws(group: CompletionGroup, tokens: TokenizedGroup, steps: Steps) -> list[float]:
+    """48 bits of a hash of the texts; where a group has the same pair again, that one has its own."""
+    seen: dict[str, int] = {}
+    found: list[float] = []
+    for pair in group.pairs:
+        texts = [group.completions[i].text_id for i in (pair.chosen, pair.rejected)]
+        name = digest(group.prompt_id, *texts)
+        seen[name] = seen.get(name, 0) + 1
+        found.append(int(digest(name, seen[name])[:12], 16))
+    return found
 
 
 def _known(values: Seq[object] | None, group: CompletionGroup) -> list[bool]:
@@ -109,20 +168,40 @@ TARGETS: Mapping[str, Target] = MappingProxyType(
             lambda group: _known(group.token_weights, group),
             "Make them first: steerwell.contrast_weights(groups, positive, negative).",
         ),
+        "attributes": Target(
+            _attributes,
+            _has_attribute,
+            "Resolve score annotations first: steerwell.resolve.attributes(groups).",
+        ),
+        "pair_strengths": Target(_strengths),
+        "pair_draws": Target(_draws),
         "turns": Target(_turns),
+        "steps": Target(_steps),
+        "step_owner": Target(_step_owner),
+        "step_labels": Target(
+            _step_labels,
+            _labelled,
+            "Resolve annotations of steps first: steerwell.resolve.step_labels(groups).",
+        ),
         "shared_tokens": Target(_shared),
     }
 )
 
 
-def made(names: Iterable[str], group: CompletionGroup, tokens: TokenizedGroup) -> dict[str, list[float]]:
-    """The targets of one group by name, of those among ``names`` that are in the table."""
-    return {name: TARGETS[name].make(group, tokens) for name in sorted(set(names) & TARGETS.keys())}
+def made(
+    names: Iterable[str], group: CompletionGroup, tokens: TokenizedGroup, tokenizer: Any
+) -> dict[str, list[float]]:
+    """The targets of one group by name, of those among ``names`` that are in the table. ``step_owner`` counts the
+    completions of the group.
+    """
+    steps = cache(lambda: token_steps(tokenizer, group, tokens))
+    return {name: TARGETS[name].make(group, tokens, steps) for name in sorted(set(names) & TARGETS.keys())}
 
 
-def tensor(name: str, values: Iterable[float], device: torch.device) -> Tensor:
-    """Values as the tensor of that name."""
-    return torch.tensor(list(values), dtype=TENSORS[name].dtype, device=device)
+def tensor(name: str, values: Iterable[float], device: torch.device, completions: int = 0) -> Tensor:
+    """Values as the tensor of that name; those of a table come row by row, of so many ``completions``."""
+    found = torch.tensor(list(values), dtype=TENSORS[name].dtype, device=device)
+    return found.view(completions, -1) if len(TENSORS[name].shape) == 2 and completions else found
 
 
 __all__ = ["NO_RANK", "TARGETS", "Target", "made", "shared_tokens", "tensor", "turns"]

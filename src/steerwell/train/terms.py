@@ -40,6 +40,9 @@ PROVIDED = frozenset(
         "demonstrations",
         "per_token_kl",
         "per_token_collision",
+        "head_scores",
+        "head_weights",
+        "step_scores",
         *TARGETS,
     }
 )
@@ -57,7 +60,7 @@ class Term:
     hyper: Mapping[str, Any]
     tensors: tuple[str, ...]  # required and optional ones, as far as the loop provides them
     kind: str  # policy | reward | policy_gradient
-    unit: str  # pair | completion | token
+    unit: str  # pair | completion | token | step
     reduction: str
     decomposable: bool
     advantages: str | None
@@ -156,8 +159,11 @@ def describe(terms: Sequence[Term]) -> dict[str, dict[str, Any]]:
 
 
 def needed(terms: Sequence[Term]) -> set[str]:
-    """The names of all tensors that the terms take."""
-    return {name for term in terms for name in term.tensors}
+    """The names of all tensors that the terms take. Scores of steps are read where steps end, and counted by whose
+    they are.
+    """
+    names = {name for term in terms for name in term.tensors}
+    return names | ({"steps", "step_owner"} if "step_scores" in names else set())
 
 
 def check_data(terms: Sequence[Term], groups: Sequence[CompletionGroup], what: str = "the data") -> None:
@@ -181,6 +187,13 @@ def check_data(terms: Sequence[Term], groups: Sequence[CompletionGroup], what: s
                 f"{term.name} needs rewards; 0 of {_completions(groups)} completions in {what} have a score",
                 mend="Resolve score annotations first: steerwell.resolve.mean(groups), or train on rollouts.",
             )
+        if "pair_strengths" in targets_of(term) and not any(_known(g.pair_strengths) for g in groups):
+            raise InputError(
+                f"{term.name} needs pair_strengths; no pair in {what} has one",
+                mend="Resolve preferences with a strength first: steerwell.resolve.strengths(groups).",
+            )
+        if "attributes" in targets_of(term):
+            _check_attributes(groups, term.name)
         for name in TARGETS.keys() & targets_of(term):
             known = TARGETS[name].known
             if known is not None and not any(any(known(group)) for group in groups):
@@ -196,6 +209,20 @@ def check_data(terms: Sequence[Term], groups: Sequence[CompletionGroup], what: s
                 "have them",
                 mend="Sample with policy.sample, or train on steerwell.rollouts.",
             )
+
+
+def _check_attributes(groups: Sequence[CompletionGroup], name: str) -> None:
+    """Raise :class:`InputError` where two groups have other attributes, or in another order."""
+    seen: tuple[str, ...] | None = None
+    for group in groups:
+        if group.attributes:
+            seen = seen or tuple(group.attributes)
+            if tuple(group.attributes) != seen:
+                raise InputError(
+                    f"{name} needs the same attributes everywhere; prompt {group.prompt_id} has "
+                    f"{', '.join(group.attributes)}, others {', '.join(seen)}",
+                    mend="Resolve all groups in one call: steerwell.resolve.attributes(groups).",
+                )
 
 
 def targets_of(term: Term) -> set[str]:
@@ -232,6 +259,7 @@ def prune(group: CompletionGroup, terms: Sequence[Term]) -> CompletionGroup | No
     names = needed(terms)
     wanted: set[int] = set()
     pairs = group.pairs if "pairs" in names else ()
+    strength = dict(zip(group.pairs, group.pair_strengths or (None,) * len(group.pairs), strict=True))
     for name in {name for term in terms for name in targets_of(term)} & TARGETS.keys():
         if (of := TARGETS[name].known) is not None:
             known = of(group)
@@ -254,18 +282,23 @@ def prune(group: CompletionGroup, terms: Sequence[Term]) -> CompletionGroup | No
     def kept(values: tuple[Any, ...] | None) -> tuple[Any, ...] | None:
         return None if values is None else tuple(values[i] for i in keep)
 
+    kept_pairs = [
+        p for p in (pairs if "pairs" in names else group.pairs) if p.chosen in place and p.rejected in place
+    ]
     return replace(
         group,
         completions=tuple(group.completions[i] for i in keep),
-        pairs=tuple(
-            p._replace(chosen=place[p.chosen], rejected=place[p.rejected])
-            for p in (pairs if "pairs" in names else group.pairs)
-            if p.chosen in place and p.rejected in place
-        ),
+        pairs=tuple(p._replace(chosen=place[p.chosen], rejected=place[p.rejected]) for p in kept_pairs),
+        pair_strengths=None if group.pair_strengths is None else tuple(strength[p] for p in kept_pairs),
+        attributes=None
+        if group.attributes is None
+        else {name: tuple(column[i] for i in keep) for name, column in group.attributes.items()},
         scores=kept(group.scores),
         labels=kept(group.labels),
         ranks=kept(group.ranks),
         token_weights=kept(group.token_weights),
+        steps=kept(group.steps),
+        step_labels=kept(group.step_labels),
     )
 
 

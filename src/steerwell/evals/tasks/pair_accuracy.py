@@ -15,9 +15,8 @@ from steerwell.data.errors import InputError
 from steerwell.data.types import CompletionGroup
 from steerwell.evals import stats
 from steerwell.evals.measure import Findings, Measure, Task, Trial
+from steerwell.evals.pair_scores import MEAN_LOGP, score
 from steerwell.evals.winrate import Coverage
-
-MEAN_LOGP = "mean log-probability"
 
 
 def pair_accuracy(groups: Sequence[CompletionGroup], *, reference: Any = None) -> Task:
@@ -39,30 +38,7 @@ def pair_accuracy(groups: Sequence[CompletionGroup], *, reference: Any = None) -
         how, scores = score(trial.policy, held_out, None if ref is trial.policy else ref)
         return Findings((accuracy(held_out, scores, how),), held_out)
 
-    return Task("pair_accuracy", (), measure)
-
-
-def score(
-    model: Any, groups: Sequence[CompletionGroup], reference: Any = None
-) -> tuple[str, list[list[float | None]]]:
-    """What orders the completions, in words, and one score per completion of each group."""
-    if hasattr(model, "score"):
-        return "reward", [list(scores) for scores in model.score(groups)]
-    if not hasattr(model, "logps"):
-        raise InputError(
-            f"{getattr(model, 'name', model)!s} can neither score nor give log-probabilities",
-            mend="Give a reward model (.score) or a policy (.logps).",
-        )
-    ours = model.logps(groups)
-    if reference is not None and hasattr(reference, "logps"):
-        theirs = reference.logps(groups)
-        return "implicit reward", [
-            [a - b for a, b in zip(x, y, strict=True)] for x, y in zip(ours, theirs, strict=True)
-        ]
-    lengths = [[len(s.ids) - s.n_prompt for s in tokenized.sequences] for tokenized in model.tokenize(groups)]
-    return MEAN_LOGP, [
-        [logp / max(n, 1) for logp, n in zip(x, y, strict=True)] for x, y in zip(ours, lengths, strict=True)
-    ]
+    return Task("pair_accuracy", (), measure, beside=True)
 
 
 def accuracy(
