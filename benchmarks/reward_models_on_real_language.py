@@ -38,7 +38,7 @@ from steerwell.data.messages import Message
 from steerwell.data.types import Completion, CompletionGroup, Pair
 from steerwell.evals.held_out_pairs import HeldOutPair
 from steerwell.evals.noise_ceiling import noise_ceiling
-from steerwell.evals.stats import proportion
+from steerwell.evals.stats import paired_difference, proportion
 
 RESULT = Path(__file__).parent / "results" / "reward_models_on_real_language.json"
 FOLDS = 5
@@ -99,7 +99,8 @@ def read_hh(path: str) -> tuple[list[CompletionGroup], list[str], dict[str, Any]
         if kept:
             groups.append(CompletionGroup(shown, completions, pairs=tuple(kept)))
             first.append(group.prompt[0].content)
-    return groups, first, {"groups": len(groups), "read": str(loaded.report), "equal_but_for_case": same}
+    read = {name: value for name, value in loaded.report.to_dict().items() if name != "file"}
+    return groups, first, {"groups": len(groups), "equal_but_for_case": same, "read": read}
 
 
 def read_ukp(
@@ -211,11 +212,16 @@ def report(found: Measured) -> dict[str, Any]:
     decided = found.share != 0.5
     up = found.share > 0.5
 
+    clusters = found.cluster[decided].tolist()
+
+    def right(says_first: np.ndarray) -> list[float]:
+        return np.where(up, says_first, 1 - says_first)[decided].tolist()
+
     def accuracy(says_first: np.ndarray) -> dict[str, Any]:
-        right = np.where(up, says_first, 1 - says_first)[decided]
-        return proportion(right.tolist(), found.cluster[decided].tolist()).to_dict()
+        return proportion(right(says_first), clusters).to_dict()
 
     guess = np.where(found.margin == 0, 0.5, (found.margin > 0).astype(float))
+    rule = found.longer if np.mean(right(found.longer)) > 0.5 else 1 - found.longer
     after = calibrated(found)
     shapes = {"before": found.margin, "after": after}
     return {
@@ -225,6 +231,7 @@ def report(found: Measured) -> dict[str, Any]:
         "accuracy": accuracy(guess),
         "longer_wins": accuracy(found.longer),
         "shorter_wins": accuracy(1 - found.longer),
+        "over_the_better_rule": paired_difference(right(guess), right(rule), clusters).to_dict(),
         "accuracy_by_fold": [
             float(np.mean(np.where(up, guess, 1 - guess)[decided & (found.fold == k)]))
             for k in np.unique(found.fold)

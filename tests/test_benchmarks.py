@@ -209,6 +209,7 @@ def test_a_report_by_hand() -> None:
     assert found["accuracy"]["value"] == pytest.approx(2 / 3)
     assert found["longer_wins"]["value"] == pytest.approx((1 + 1 + 0.5) / 3)
     assert found["shorter_wins"]["value"] == pytest.approx(0.5 / 3)
+    assert found["over_the_better_rule"]["value"] == pytest.approx((0 + 0 - 0.5) / 3)
     assert found["accuracy_by_fold"] == [0.5, 1.0]
 
 
@@ -309,3 +310,12 @@ def test_the_readme_says_what_the_result_against_trl_says() -> None:
     text = (FOLDER / "README.md").read_text()
     exact = sum(row["largest_relative_difference"] < 1e-12 for row in found.values())
     assert f"{len(found)} cases, {exact} of them equal within 1e-12" in " ".join(text.split())
+
+
+def test_the_results_are_those_of_the_script() -> None:
+    script: Any = load("reward_models_on_real_language")
+    kept = json.loads(script.RESULT.read_text())
+    assert kept["hh_harmless"]["settings"] == script.HH
+    assert kept["ukp_convarg1"]["settings"] == script.UKP
+    assert "/" not in kept["hh_harmless"]["encoder"]
+    assert "file" not in kept["hh_harmless"]["data"]["read"]
