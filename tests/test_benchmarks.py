@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import math
 import os
 import statistics
 import subprocess
@@ -12,7 +13,10 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import numpy as np
 import pytest
+
+from tiny_encoders import encoder_dir
 
 FOLDER = Path(__file__).parents[1] / "benchmarks"
 ROW = [[10, 11, 12], [13, 14], [15]]
@@ -40,7 +44,15 @@ def load(name: str) -> ModuleType:
 
 
 @pytest.mark.parametrize(
-    "script", ["train_vs_trl.py", "objectives_vs_trl.py", "compare_world.py", "growth.py", "gpu.py"]
+    "script",
+    [
+        "train_vs_trl.py",
+        "objectives_vs_trl.py",
+        "compare_world.py",
+        "growth.py",
+        "gpu.py",
+        "reward_models_on_real_language.py",
+    ],
 )
 def test_scripts_say_what_they_do(script: str) -> None:
     done = run(script, "--help")
@@ -167,3 +179,132 @@ def test_the_readme_says_what_the_result_against_trl_says() -> None:
     text = (FOLDER / "README.md").read_text()
     exact = sum(row["largest_relative_difference"] < 1e-12 for row in found.values())
     assert f"{len(found)} cases, {exact} of them equal within 1e-12" in " ".join(text.split())
+
+
+# Reward models on real language
+
+
+def test_the_folds_of_dialogues_do_not_move() -> None:
+    script: Any = load("reward_models_on_real_language")
+    assert [script.fold_of(words) for words in ("", "hello", "why?", "a", "b", "c")] == [1, 1, 3, 3, 3, 0]
+    many = [script.fold_of(str(i)) for i in range(1000)]
+    assert min(many.count(k) for k in range(5)) > 150
+
+
+def test_pairs_of_dialogues(tmp_path: Path) -> None:
+    """The last message is the prompt, the first one decides the fold, and pairs that differ in case are left out."""
+    script: Any = load("reward_models_on_real_language")
+    head = "\n\nHuman: one\n\nAssistant: two\n\nHuman: three\n\nAssistant: "
+    rows = [{"chosen": head + "Good", "rejected": head + "bad"}]
+    rows.append(
+        {"chosen": "\n\nHuman: x\n\nAssistant: Yes  sir", "rejected": "\n\nHuman: x\n\nAssistant: yes sir"}
+    )
+    (tmp_path / "hh.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (group,), first, about = script.read_hh(str(tmp_path / "hh.jsonl"))
+    assert [m.content for m in group.prompt] == ["three"]
+    assert first == ["one"]
+    assert about["equal_but_for_case"] == 1
+    (pair,) = group.pairs
+    assert [group.completions[i].text for i in (pair.chosen, pair.rejected)] == ["Good", "bad"]
+
+
+def ukp(folder: Path) -> Path:
+    """Two stances of one debate; the votes of three pairs."""
+    folder.mkdir()
+    (folder / "topics.json").write_text('["cats-or-dogs_cats", "cats-or-dogs_dogs"]')
+    texts = [(0, "they purr"), (1, "They sleep."), (0, "no walks"), (1, "they fetch"), (0, "No walks")]
+    rows = [{"arg": i, "topic": topic, "text": text} for i, (topic, text) in enumerate(texts)]
+    (folder / "args.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "pairs.csv").write_text("pair,topic,arg1,arg2\n7,0,0,2\n8,1,3,1\n9,0,2,4\n")
+    votes = ["a1", "a2", "a2", "equal", "a2"], ["a1", "a2"], ["a1"]
+    lines = [f"{pair},w,{vote}" for pair, said in zip((7, 8, 9), votes, strict=True) for vote in said]
+    (folder / "votes.csv").write_text("pair,worker,value\n" + "\n".join(lines) + "\n")
+    return folder
+
+
+def test_pairs_of_arguments_and_their_targets(tmp_path: Path) -> None:
+    script: Any = load("reward_models_on_real_language")
+    groups, debates, votes = script.read_ukp(ukp(tmp_path / "ukp"))
+    assert [g.prompt[0].content for g in groups] == ["cats or dogs: cats", "cats or dogs: dogs"]
+    assert debates == ["cats-or-dogs"] * 2
+    assert votes[0, 0, 1] == {"a1": 1, "a2": 3, "equal": 1}
+    assert votes[0, 1, 2] == {}  # the same words
+    soft, hard = (script.with_votes(groups, votes, rule) for rule in ("soft", "majority"))
+    assert [[(p.chosen, p.rejected, p.p) for p in g.pairs] for g in soft] == [[(1, 0, 0.75)], [(1, 0, 0.5)]]
+    assert [[(p.chosen, p.rejected, p.p) for p in g.pairs] for g in hard] == [[(1, 0, 1.0)], []]
+
+
+def test_calibration_by_hand() -> None:
+    script: Any = load("reward_models_on_real_language")
+    logit, share = np.log([3.0, 1.0, 1 / 3]), np.array([1.0, 0.5, 0.5])
+    assert script.brier(logit, share) == pytest.approx((0.0625 + 0.25 + 0.5 * 0.0625 + 0.5 * 0.5625) / 3)
+    expected = (-math.log(0.75) - math.log(0.5) - 0.5 * math.log(0.25) - 0.5 * math.log(0.75)) / 3
+    assert script.nll(logit, share) == pytest.approx(expected)
+    # by confidence: 0.5 (right 0.5) and 0.75 (right 1); then 0.75 (right 0.5)
+    assert script.ece(logit, share, bins=2) == pytest.approx((2 * abs(0.625 - 0.75) + abs(0.75 - 0.5)) / 3)
+    assert script.ece(logit, share, bins=3) == pytest.approx((0 + 0.25 + 0.25) / 3)
+
+
+def test_a_temperature_is_found_and_never_on_its_own_pairs() -> None:
+    script: Any = load("reward_models_on_real_language")
+    draw = np.random.default_rng(0)
+    true = draw.normal(0, 2, 40_000)
+    share = (draw.random(40_000) < 1 / (1 + np.exp(-true))).astype(float)
+    assert script.temperature(2.5 * true, share) == pytest.approx(2.5, rel=0.05)
+    fold = np.arange(40_000) % 2
+    one, zero = np.ones(40_000), np.zeros(40_000)
+    margin = np.where(fold == 0, true, 4 * true)  # the folds ask for temperatures 1 and 4
+    found = script.Measured(margin, share, one, zero, fold, fold)
+    after = script.calibrated(found)
+    assert (margin / after)[fold == 0].mean() == pytest.approx(4, rel=0.1)
+    assert (margin / after)[fold == 1].mean() == pytest.approx(1, rel=0.1)
+    assert script.ece(2.5 * true, share) > 0.05
+    assert script.ece(true, share) < 0.01
+
+
+@pytest.mark.parametrize("a", [0.5, 2.0])
+def test_the_noise_ceiling_is_what_an_oracle_reaches(a: float) -> None:
+    """Votes drawn from known shares: whoever knows the better side agrees with them this often."""
+    script: Any = load("reward_models_on_real_language")
+    draw = np.random.default_rng(1)
+    p = draw.beta(a, a, 60_000)
+    n = draw.integers(0, 6, 60_000)
+    k = draw.binomial(n, p)
+    found = script.noise_ceiling(k, n)
+    assert found["beta"] == pytest.approx(a, rel=0.05)
+    vote = draw.random(60_000) < p
+    assert found["single_vote"] == pytest.approx(float(((p > 0.5) == vote).mean()), abs=0.01)
+    decided = 2 * k != n
+    oracle = ((p > 0.5) == (2 * k > n))[decided].mean()
+    assert found["majority"] == pytest.approx(float(oracle), abs=0.01)
+
+
+def test_a_report_by_hand() -> None:
+    """Four pairs: two right, one wrong, one that nobody decided."""
+    script: Any = load("reward_models_on_real_language")
+    margin, share = np.array([2.0, -1.0, 1.0, 0.5]), np.array([1.0, 0.2, 0.4, 0.5])
+    fold, longer = np.array([0, 1, 0, 1]), np.array([1.0, 0.0, 0.5, 1.0])
+    found = script.report(script.Measured(margin, share, np.full(4, 5), longer, fold, np.arange(4)))
+    assert (found["pairs"], found["decided"], found["clusters"]) == (4, 3, 4)
+    assert found["accuracy"]["value"] == pytest.approx(2 / 3)
+    assert found["longer_wins"]["value"] == pytest.approx((1 + 1 + 0.5) / 3)
+    assert found["shorter_wins"]["value"] == pytest.approx(0.5 / 3)
+    assert found["accuracy_by_fold"] == [0.5, 1.0]
+
+
+def test_the_trial_runs_on_a_tiny_encoder(tmp_path: Path) -> None:
+    script: Any = load("reward_models_on_real_language")
+    encoder = encoder_dir(tmp_path, "bert")
+    turns = [(f"ask {i}", f"good {i}", f"bad {i} and long") for i in range(14)]
+    rows = [
+        {k: f"\n\nHuman: {q}\n\nAssistant: {a}" for k, a in (("chosen", c), ("rejected", r))}
+        for q, c, r in turns
+    ]
+    (tmp_path / "hh.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    given = str(encoder), str(tmp_path / "hh.jsonl"), tmp_path / "runs", 14
+    found = script.try_hh(*given)
+    assert found["pairs"] == 14
+    assert found["shorter_wins"]["value"] == 1.0
+    assert len(list((tmp_path / "runs" / "hh").glob("fold-*.json"))) == len(found["accuracy_by_fold"])
+    (encoder / "model.safetensors").unlink()
+    assert script.try_hh(*given) == found  # nothing is trained again

@@ -128,13 +128,20 @@ def test_two_processes_do_the_run_of_one(encoders: dict[str, Path], tmp_path: Pa
         mine, other = (
             load_file(tmp_path / which / kind / "model" / "model.safetensors") for which in ("one", "two")
         )
+        if (
+            kind == "bfloat16"
+        ):  # AdamW makes whole steps of gradients that are all rounding: how far it is on average
+            start = weights(RewardModel.from_encoder(encoders["roberta"]).model)
+            apart = [(mine[n] - other[n]).abs().mean() for n in start]
+            away = [(mine[n] - start[n]).abs().mean() for n in start]
+            assert float(torch.stack(apart).mean()) < 0.25 * float(torch.stack(away).mean())
+            continue
         # a weight moves by 5e-3; where a gradient is small AdamW scales up its rounding too
-        assert largest_difference(moved(mine), moved(other)) < (2e-3 if kind == "bfloat16" else 1e-4)
-        if kind != "bfloat16":
-            one, two = (load_reward_model(tmp_path / which / kind / "model") for which in ("one", "two"))
-            scores, others = (torch.tensor(model.score(pair_groups(6))) for model in (one, two))
-            assert scores.std() > 1e-3
-            torch.testing.assert_close(scores, others, rtol=1e-4, atol=1e-5)
+        assert largest_difference(moved(mine), moved(other)) < 1e-4
+        one, two = (load_reward_model(tmp_path / which / kind / "model") for which in ("one", "two"))
+        scores, others = (torch.tensor(model.score(pair_groups(6))) for model in (one, two))
+        assert scores.std() > 2e-4
+        torch.testing.assert_close(scores, others, rtol=1e-4, atol=1e-5)
 
 
 def test_the_output_layer_stays_in_float32(encoders: dict[str, Path], tmp_path: Path) -> None:
@@ -176,6 +183,8 @@ def test_cut_prompts_are_counted_and_the_limit_is_kept(encoders: dict[str, Path]
     assert model.recipe.max_length == 64
     assert load_reward_model(tmp_path / "run" / "model").recipe.max_length == 64
     assert max(len(s.ids) for tokens in found for s in tokens.sequences) == 64
+    again = train(model, [long], "bradley_terry", out=tmp_path / "more", max_length=100, steps=1)
+    assert again.recipe.max_length == 64  # what it was trained with first is what it goes on with
 
 
 def test_without_max_length_the_model_says_how_much_it_reads(

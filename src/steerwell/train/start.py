@@ -122,7 +122,8 @@ def to_train(given: Model, head: AskedHead | None, owned: bool, config: TrainCon
         if config.aggregate is not None and trained.recipe.aggregate is None:
             trained = trained.with_recipe(aggregate=config.aggregate, step_separator=config.step_separator)
         if trained.recipe.template == "pair":  # scored as it is trained
-            trained = trained.with_recipe(max_length=config.max_length or trained.recipe.max_length)
+            limits = [n for n in (config.max_length, trained.recipe.max_length) if n is not None]
+            trained = trained.with_recipe(max_length=min(limits, default=None))
         _restrict(trained, config)
     if fresh_adapter(trained.model):
         generator = torch.Generator().manual_seed(derived_seed(config.seed, "adapter", 0))
