@@ -36,6 +36,7 @@ TOLERANCE = 1e-6
 STEPS, BATCH, VOCAB = 20, 8, 96
 EVEN_TOKENS = 7  # scored tokens of a chosen completion in "even" data: six words and the end token
 LEARNING_RATE, BETAS, MAX_GRAD_NORM = 2e-3, (0.9, 0.999), 1.0
+UPDATES, GROUP, PROMPTS, LONGEST = 2, 4, 4, 16  # of policy gradients: a step has 4 prompts of 4 completions
 DEFAULT_OUT = HERE / "results" / "objectives_vs_trl.json"
 
 
@@ -47,12 +48,14 @@ class Case(NamedTuple):
     name: str
     ours: Any  # an objective's name or a mixture
     hyper: dict[str, Any]
-    trainer: str  # dpo, kto, cpo, orpo, tpo, sft, reward
+    trainer: str  # dpo, kto, cpo, orpo, tpo, sft, reward, grpo
     settings: dict[str, Any]
     note: str = ""
     data: str = "ragged"
     batch_size: int = BATCH
-    targets: str = "dpo"  # pairs; kto: labels; sft: the chosen completion alone; reward: pairs
+    # dpo: pairs; kto: labels; sft: the chosen completion alone; reward: pairs; strengths: graded ones; grpo: scores
+    targets: str = "dpo"
+    every: int = 1  # which losses are compared: each, or each second one
 
 
 def dpo_case(
@@ -60,6 +63,22 @@ def dpo_case(
 ) -> Case:
     """A case of TRL's DPOTrainer."""
     return Case(name, ours, hyper, "dpo", settings, note, data)
+
+
+def grpo_case(name: str, ours: Any, hyper: dict[str, Any], note: str = "", **settings: Any) -> Case:
+    """A case of TRL's GRPOTrainer: two updates on each set of given completions. At the first of the two the ratio is
+    1 and the advantages of a group add up to 0, so the value may be nothing but rounding: the second is compared, and
+    it depends on all updates before it.
+    """
+    shared = {
+        "num_iterations": UPDATES,
+        "num_generations": GROUP,
+        "per_device_train_batch_size": PROMPTS * GROUP,
+        "max_completion_length": LONGEST,
+        "shuffle_dataset": False,
+        "use_bias_correction_kl": False,
+    }
+    return Case(name, ours, hyper, "grpo", shared | settings, note, "groups", PROMPTS, "grpo", UPDATES)
 
 
 CASES = (
@@ -296,6 +315,24 @@ CASES = (
         "completions of one length, as it is a mean over the batch's tokens; TRL computes the odds in float32",
         data="even",
     ),
+    grpo_case("grpo", "grpo", {"beta": 0.04}, loss_type="grpo", beta=0.04),
+    grpo_case(
+        "grpo, token mean (bnpo)",
+        "grpo",
+        {"beta": 0.01, "reduction": "token_mean"},
+        loss_type="bnpo",
+        beta=0.01,
+    ),
+    grpo_case(
+        "DAPO's loss",
+        "ppo_clip",
+        {"epsilon": 0.2, "epsilon_high": 0.28, "reduction": "token_mean"},
+        "advantages of ppo_clip are those of grpo here",
+        loss_type="dapo",
+        beta=0.0,
+        epsilon=0.2,
+        epsilon_high=0.28,
+    ),
     Case("sft, SFTTrainer", "sft", {}, "sft", {}, targets="sft"),
     Case("bradley_terry", "bradley_terry", {}, "reward", {}, targets="reward"),
     Case(
@@ -305,6 +342,15 @@ CASES = (
         "reward",
         {"center_rewards_coefficient": 0.01},
         targets="reward",
+    ),
+    Case(
+        "bradley_terry, margin by strength",
+        "bradley_terry",
+        {"margin": 0.5},
+        "reward",
+        {},
+        "TRL takes the margin itself from a column: margin times strength here",
+        targets="strengths",
     ),
 )
 
@@ -322,14 +368,16 @@ BY_DESIGN = {
     "bco": "TRL 1.16 has no BCOTrainer any more; its bco_pair is compared",
     "sync_ref_model (TR-DPO)": "our reference stands still during a run",
     "dft in SFTTrainer": "we have no objective of that kind",
+    "grpo with use_bias_correction_kl": "TRL multiplies its KL estimate by the ratio unless told not to; ours is the "
+    "paper's",
+    "rloo": "TRL's loss is a clipped ratio of whole completions, ours the log-prob times the advantage; equal "
+    "gradients, other values",
+    "dr_grpo, cispo, luspo, sapo and vespo in GRPOTrainer": "we have no objectives of these kinds",
     "router_aux_loss_coef": "our loop adds no loss of the router",
 }
 NOT_COMPARED = {
-    "bradley_terry with a margin by pair": "RewardTrainer takes a column of margins; to be added as a case when our "
-    "bradley_terry takes them",
     "process reward models": "TRL 1.16 has no PRMTrainer any more",
-    "grpo, rloo and online DPO": "they train on what they sample, so there are no equal steps without an equal "
-    "sampler",
+    "online DPO": "ours is sample, judge, train on pairs",
 }
 
 
@@ -368,7 +416,8 @@ def arguments() -> argparse.Namespace:
 
 def make_data(kind: str, seed: int = 3) -> list[list[list[int]]]:
     """Rows [prompt, chosen, rejected] of token ids. "ragged": lengths of 3 to 12. "even": prompts of one token and
-    chosen completions of six, so that means over tokens and means over completions agree.
+    chosen completions of six, so that means over tokens and means over completions agree. "groups": rows [prompt,
+    four completions], with prompts of six tokens (TRL pads shorter ones on the left, which moves GPT-2's positions).
     """
     import numpy as np
 
@@ -380,6 +429,8 @@ def make_data(kind: str, seed: int = 3) -> list[list[list[int]]]:
     def length() -> int:
         return int(draw.integers(3, 13))
 
+    if kind == "groups":
+        return [[ids(6), *(ids(length()) for _ in range(GROUP))] for _ in range(STEPS // UPDATES * PROMPTS)]
     if kind == "even":
         return [[ids(1), ids(EVEN_TOKENS - 1), ids(length())] for _ in range(STEPS * BATCH)]
     return [[ids(length()), ids(length()), ids(length())] for _ in range(STEPS * BATCH)]
@@ -420,10 +471,10 @@ def compare(cases: list[Case], peer: str, work: Path) -> dict[str, Any]:
     from steerwell.train.sources import epoch_order
 
     torch.set_num_threads(1)
-    rows = {kind: make_data(kind) for kind in ("ragged", "even")}
+    rows = {kind: make_data(kind) for kind in ("ragged", "even", "groups")}
     order = epoch_order(STEPS * BATCH, 0, 0)
     for kind, those in rows.items():
-        save_json(work / f"rows-{kind}.json", [those[i] for i in order])
+        save_json(work / f"rows-{kind}.json", those if kind == "groups" else [those[i] for i in order])
     write_models(work)
     theirs = of_trl(cases, peer, work)
     found: dict[str, Any] = {}
@@ -433,7 +484,8 @@ def compare(cases: list[Case], peer: str, work: Path) -> dict[str, Any]:
             "trl": {"trainer": case.trainer, **case.settings},
         }
         row |= {"note": case.note} if case.note else {}
-        row |= differences(of_steerwell(case, rows[case.data], work, number), theirs["cases"][case.name])
+        found_here = of_steerwell(case, rows[case.data], work, number)
+        row |= differences(found_here, theirs["cases"][case.name], case.every)
         found[case.name] = row
     return {
         "machine": machine(),
@@ -470,6 +522,7 @@ def of_trl(cases: list[Case], peer: str, work: Path) -> dict[str, Any]:
             "betas": BETAS,
             "max_grad_norm": MAX_GRAD_NORM,
             "cases": [case._asdict() for case in cases],
+            "rewards": [rewards(i) for i in range(STEPS // UPDATES * PROMPTS)],
         },
     )
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_DATASETS_CACHE": str(work / "datasets")}
@@ -496,12 +549,11 @@ def of_steerwell(case: Case, rows: list[list[list[int]]], work: Path, number: in
     try:
         train(
             start,
-            as_groups(rows, case.targets),
+            Given(rows) if case.targets == "grpo" else as_groups(rows, case.targets),
             case.ours,
             out=out,
             learning_rate=LEARNING_RATE,
             steps=STEPS,
-            batch_size=case.batch_size,
             schedule="constant",
             warmup=0.0,
             weight_decay=0.0,
@@ -510,6 +562,7 @@ def of_steerwell(case: Case, rows: list[list[list[int]]], work: Path, number: in
             seed=0,
             reference_cache="off",
             checkpoint_every=10**9,
+            **({} if case.targets == "grpo" else {"batch_size": case.batch_size}),
             **case.hyper,
         )
     except sw.InputError as error:
@@ -518,12 +571,60 @@ def of_steerwell(case: Case, rows: list[list[list[int]]], work: Path, number: in
     return {"losses": [line["loss"] for line in lines if "loss" in line]}
 
 
-def differences(ours: dict[str, Any], theirs: dict[str, Any]) -> dict[str, Any]:
-    """How far the per-step losses lie apart, relative to TRL's."""
+class Given:
+    """A source of rollouts that samples nothing: each step has the next prompts with their given completions."""
+
+    temperature = 1.0
+    updates = UPDATES
+
+    def __init__(self, rows: list[list[list[int]]]) -> None:
+        self.rows = rows
+
+    def steps(self, epochs: float) -> int:
+        return STEPS
+
+    def step(self, policy: Any, step: int, seed: int) -> list[Any]:
+        """The groups with their rewards, and the log-probs that ``policy`` gives their tokens now."""
+        from dataclasses import replace
+
+        from steerwell.pipelines.yardstick import token_logps
+
+        first = step // UPDATES * PROMPTS
+        groups = as_groups(self.rows[first : first + PROMPTS], "sample")
+        found = []
+        for number, (group, logps) in enumerate(zip(groups, token_logps(policy, groups), strict=True), first):
+            sequences = policy.tokenize([group])[0].sequences
+            completions = tuple(
+                replace(
+                    completion,
+                    prompt_token_ids=tuple(s.ids[: s.n_prompt]),
+                    token_ids=tuple(s.ids[s.n_prompt :]),
+                    old_logps=tuple(own),
+                    finished=True,
+                )
+                for completion, s, own in zip(group.completions, sequences, logps, strict=True)
+            )
+            found.append(replace(group, completions=completions, scores=tuple(rewards(number))))
+        return found
+
+    def identity(self) -> dict[str, Any]:
+        return {"kind": "given"}
+
+
+def rewards(number: int) -> list[float]:
+    """The rewards of a prompt's four completions. One stands out, so that every group's standard deviation is 2,
+    and advantages in float32 (TRL) and in float64 (ours) differ by one factor near 1, the same for all.
+    """
+    sign = -1.0 if number // 3 % 2 else 1.0
+    return [sign * (-3.0 if i == number % GROUP else 1.0) for i in range(GROUP)]
+
+
+def differences(ours: dict[str, Any], theirs: dict[str, Any], every: int = 1) -> dict[str, Any]:
+    """How far the losses of each step, or of each ``every``-th, lie apart, relative to TRL's."""
     for side, one in (("steerwell", ours), ("trl", theirs)):
         if "error" in one:
             return {"not_compared": f"{side}: {one['error']}"}
-    pairs = list(zip(ours["losses"], theirs["losses"], strict=True))
+    pairs = list(zip(ours["losses"], theirs["losses"], strict=True))[every - 1 :: every]
     return {
         "largest_relative_difference": float(f"{max(abs(a - b) / abs(b) for a, b in pairs):.2g}"),
         "first_loss": pairs[0][0],

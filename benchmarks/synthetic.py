@@ -113,11 +113,18 @@ def as_groups(rows: list[list[list[int]]], method: str) -> list[Any]:
         targets: dict[str, Any] = {
             "dpo": {"pairs": (Pair(0, 1),)},
             "reward": {"pairs": (Pair(0, 1),)},
+            "strengths": {"pairs": (Pair(0, 1),), "pair_strengths": (strength_of(completions[0]),)},
             "kto": {"labels": (True, False)},
             "sft": {},
+            "sample": {},
         }[method]
         groups.append(CompletionGroup(asked, answers, **targets))
     return groups
+
+
+def strength_of(ids: list[int]) -> float:
+    """A made-up strength of a pair, 1 to 3, told by the chosen completion's first token."""
+    return 1.0 + ids[0] % 3
 
 
 def save_json(path: Path, value: Any) -> None:

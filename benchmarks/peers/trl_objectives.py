@@ -22,6 +22,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
+import datasets
 import torch
 import transformers
 import trl
@@ -29,7 +30,7 @@ from torch.utils.data import SequentialSampler
 from trl.experimental.cpo import CPOConfig, CPOTrainer
 from trl.experimental.orpo import ORPOConfig, ORPOTrainer
 from trl.experimental.tpo import TPOConfig, TPOTrainer
-from trl.trainer import dpo_trainer, kto_trainer, sft_trainer
+from trl.trainer import dpo_trainer, grpo_trainer, kto_trainer, sft_trainer
 from trl.trainer.utils import FusedCausalLMOutput
 from trl_side import dataset
 
@@ -41,6 +42,7 @@ TRAINERS = {
     "tpo": (TPOTrainer, TPOConfig),
     "sft": (trl.SFTTrainer, trl.SFTConfig),
     "reward": (trl.RewardTrainer, trl.RewardConfig),
+    "grpo": (trl.GRPOTrainer, trl.GRPOConfig),
 }
 
 
@@ -88,7 +90,7 @@ def with_float64_limit(method):
     return made[method.__name__]
 
 
-for module in (dpo_trainer, kto_trainer, sft_trainer):
+for module in (dpo_trainer, grpo_trainer, kto_trainer, sft_trainer):
     module.add_fused_lm_head = plain_head
 trl.DPOTrainer._compute_loss = with_float64_limit(trl.DPOTrainer._compute_loss)
 
@@ -117,25 +119,57 @@ def settings(task, case, folder):
         "disable_tqdm": True,
         "dataloader_pin_memory": False,
         "seed": 0,
-        "max_length": None,
     }
+    if case["trainer"] != "grpo":
+        chosen["max_length"] = None
     if case["trainer"] == "kto":
         chosen["train_sampling_strategy"] = "sequential"
     return {**chosen, **case["settings"]}
+
+
+def given_completions(rows, rewards):
+    """What GRPOTrainer takes in place of sampling: the prompts, and the completions and rewards that they have."""
+    place = {spell(prompt): number for number, (prompt, *_) in enumerate(rows)}
+
+    def roll_out(prompts, trainer):
+        seen, found = {}, {"prompt_ids": [], "completion_ids": [], "logprobs": [], "given": []}
+        for prompt in prompts:
+            number = place[prompt]
+            which = seen[prompt] = seen.get(prompt, -1) + 1
+            ids = [*rows[number][1 + which], trainer.processing_class.eos_token_id]
+            found["prompt_ids"].append(rows[number][0])
+            found["completion_ids"].append(ids)
+            found["logprobs"].append([0.0] * len(ids))
+            found["given"].append(rewards[number][which])
+        return found
+
+    def reward(completions, given, **others):
+        return given
+
+    data = datasets.Dataset.from_list([{"prompt": text} for text in place])
+    return data, {"reward_funcs": reward, "rollout_func": roll_out}
+
+
+def spell(ids):
+    return " ".join(f"t{i}" for i in ids) + " "
 
 
 def run(task, case, folder):
     """The losses of one case, one per step."""
     rows = json.loads((folder / f"rows-{case['data']}.json").read_text())
     kind, size = case["trainer"], case["batch_size"]
-    if kind == "kto":
+    more = {}
+    if kind == "grpo":
+        data, more = given_completions(rows, task["rewards"])
+    elif kind == "kto":
         data = dataset("kto", [rows[i : i + size] for i in range(0, len(rows), size)])
     else:
         data = dataset(kind if kind in ("reward", "sft") else "dpo", rows)
     if kind == "tpo":
         data = data.add_column("reference", data["chosen"])
-    if "margins" in case:
-        data = data.add_column("margin", case["margins"])
+    if case["targets"] == "strengths":
+        factor = case["hyper"]["margin"]
+        data = data.add_column("margin", [factor * (1.0 + chosen[0] % 3) for _, chosen, _ in rows])
     make = (
         transformers.AutoModelForSequenceClassification
         if kind == "reward"
@@ -149,6 +183,8 @@ def run(task, case, folder):
 
     class Watched(trainer_class):
         def _get_train_sampler(self, *args, **kwargs):
+            if kind == "grpo":  # in order by itself, each prompt as often as it has completions
+                return super()._get_train_sampler(*args, **kwargs)
             return SequentialSampler(self.train_dataset)
 
         def training_step(self, *args, **kwargs):
@@ -159,7 +195,7 @@ def run(task, case, folder):
     with tempfile.TemporaryDirectory() as out, warnings.catch_warnings():
         warnings.simplefilter("ignore")
         config = config_class(**settings(task, case, out))
-        Watched(model=model, args=config, train_dataset=data, processing_class=tokenizer).train()
+        Watched(model=model, args=config, train_dataset=data, processing_class=tokenizer, **more).train()
     return losses
 
 

@@ -34,10 +34,10 @@ if TYPE_CHECKING:
     from steerwell.models.average import average_weights as average_weights
     from steerwell.models.load import Policy as Policy
     from steerwell.models.load import load_policy as load_policy
+    from steerwell.models.load_reward_model import load_reward_model as load_reward_model
     from steerwell.models.monte_carlo import monte_carlo_step_labels as monte_carlo_step_labels
     from steerwell.models.reward_ensemble import reward_ensemble as reward_ensemble
     from steerwell.models.reward_model import RewardModel as RewardModel
-    from steerwell.models.reward_model import load_reward_model as load_reward_model
     from steerwell.models.self_play import self_play_pairs as self_play_pairs
     from steerwell.models.token_weights import contrast_weights as contrast_weights
     from steerwell.train.loop import train as train
@@ -68,7 +68,7 @@ _PLACES: dict[str, tuple[str, str]] = {
     "judges": ("steerwell.judges", ""),
     "load": ("steerwell.data.formats", "load"),
     "load_policy": ("steerwell.models.load", "load_policy"),
-    "load_reward_model": ("steerwell.models.reward_model", "load_reward_model"),
+    "load_reward_model": ("steerwell.models.load_reward_model", "load_reward_model"),
     "monte_carlo_step_labels": ("steerwell.models.monte_carlo", "monte_carlo_step_labels"),
     "objectives": ("steerwell.objectives", ""),
     "open": ("steerwell.data.store", "open_store"),

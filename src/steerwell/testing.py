@@ -105,6 +105,11 @@ def batch_for(objective: Objective, names: tuple[str, ...], hyper: Mapping[str, 
     return made_up(names, heads=heads, **how)
 
 
+def _rows(name: str, taken: Mapping[str, Tensor]) -> Any:
+    """Where the rows of a tensor went; all of them, if they are nothing of a completion's or a pair's."""
+    return taken.get(TENSORS[name].shape[0], slice(None))
+
+
 def _of_units(batch: Batch, name: str) -> Tensor:
     """Which completion each entry of a tensor belongs to."""
     owners = {"S": "owner", "U": "step_owner"}
@@ -136,11 +141,6 @@ def _evaluate(
         for (name, x), gradient in zip(learnt.items(), gradients, strict=True)
     }
     return _Outcome(losses.detach(), metrics, named)
-
-
-def _rows(name: str, taken: Mapping[str, Tensor]) -> Any:
-    """Where the rows of a tensor went; all of them, if they are nothing of a completion's or a pair's."""
-    return taken.get(TENSORS[name].shape[0], slice(None))
 
 
 def _close(actual: Tensor, expected: Tensor, what: str) -> None:

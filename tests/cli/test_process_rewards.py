@@ -12,7 +12,7 @@ from small_inputs import write
 from conftest import Run
 from steerwell.data.messages import Message
 from steerwell.data.types import Completion, CompletionGroup
-from steerwell.models.reward_model import load_reward_model
+from steerwell.models.load_reward_model import load_reward_model
 
 
 def rows() -> list[dict[str, Any]]:

@@ -22,7 +22,8 @@ from steerwell.models.attention import use_steerwell_attention
 from steerwell.models.batch import build
 from steerwell.models.forward import per_token_logps, reward_scores
 from steerwell.models.load import Policy, load_policy
-from steerwell.models.reward_model import RewardModel, load_reward_model
+from steerwell.models.load_reward_model import load_reward_model
+from steerwell.models.reward_model import RewardModel
 from tiny import tiny_llama, tiny_policy_dir, tiny_qwen3, tiny_tokenizer
 
 KINDS = ("lora", "dora")

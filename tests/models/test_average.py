@@ -16,7 +16,8 @@ import steerwell as sw
 from steerwell.data.errors import InputError
 from steerwell.models.directory import files_digest
 from steerwell.models.load import load_policy
-from steerwell.models.reward_model import RewardModel, load_reward_model
+from steerwell.models.load_reward_model import load_reward_model
+from steerwell.models.reward_model import RewardModel
 from tiny import tiny_llama, tiny_policy_dir
 
 

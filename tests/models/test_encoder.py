@@ -29,8 +29,10 @@ from steerwell.models.batch import build, layout_for, padded, rows
 from steerwell.models.encoder import head_parts, is_encoder, output_layer, positions
 from steerwell.models.forward import reward_scores
 from steerwell.models.load import load_policy
+from steerwell.models.load_reward_model import load_reward_model
 from steerwell.models.pairs import pair_frame, tokenize_pairs
-from steerwell.models.reward_model import RewardModel, ScoringRecipe, load_reward_model
+from steerwell.models.reward_model import RewardModel
+from steerwell.models.scoring import ScoringRecipe
 from tiny import tiny_policy_dir, tiny_tokenizer
 from tiny_encoders import (
     FAMILIES,

@@ -27,7 +27,9 @@ from steerwell.models.load import (
     load_policy,
     weights_digest,
 )
-from steerwell.models.reward_model import RewardModel, ScoringRecipe, load_reward_model
+from steerwell.models.load_reward_model import load_reward_model
+from steerwell.models.reward_model import RewardModel
+from steerwell.models.scoring import ScoringRecipe
 from tiny import END, SIZES, VOCAB, tiny_llama, tiny_policy_dir, tiny_qwen3, tiny_tokenizer
 
 

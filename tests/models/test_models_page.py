@@ -10,6 +10,7 @@ import torch
 from architectures import NARROW, PADDED, TREE, make
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
+import tiny_encoders
 from steerwell.data.errors import InputError
 from steerwell.models import head, stateful, varlen
 from steerwell.models.forward import adopt
@@ -30,6 +31,12 @@ def table(heading: str) -> dict[str, list[str]]:
 def test_the_tables_name_what_is_swept() -> None:
     assert table("Tree").keys() == TREE.keys()
     assert table("Padded").keys() == PADDED.keys()
+
+
+def test_the_encoders_named_are_those_tested() -> None:
+    section = PAGE.read_text().split("\n## Encoders\n")[1].split("\n## ")[0]
+    named = re.findall(r"^\| `([a-z0-9-]+)` \|", section, re.MULTILINE)
+    assert named == [config.model_type for config, _ in tiny_encoders.CONFIGS.values()]
 
 
 def test_what_the_kernel_takes() -> None:

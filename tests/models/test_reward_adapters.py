@@ -14,7 +14,8 @@ from steerwell.data.messages import Message
 from steerwell.data.types import Completion, CompletionGroup
 from steerwell.models.adapter_files import is_adapter
 from steerwell.models.load import load_policy
-from steerwell.models.reward_model import RewardModel, load_reward_model
+from steerwell.models.load_reward_model import load_reward_model
+from steerwell.models.reward_model import RewardModel
 from tiny import tiny_policy_dir
 
 

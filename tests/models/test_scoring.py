@@ -13,7 +13,8 @@ from steerwell.data.errors import InputError
 from steerwell.data.messages import Message, as_messages
 from steerwell.data.types import Completion, CompletionGroup, Source
 from steerwell.models.load import load_policy
-from steerwell.models.reward_model import RewardModel, load_reward_model
+from steerwell.models.load_reward_model import load_reward_model
+from steerwell.models.reward_model import RewardModel
 from steerwell.models.scoring import SCORING_FILE, ScoringRecipe, combined, read_recipe
 from tiny import tiny_policy_dir
 

@@ -17,7 +17,8 @@ from steerwell.data.types import Completion, CompletionGroup, Pair
 from steerwell.models.attention import use_steerwell_attention
 from steerwell.models.bayesian_head import Posterior, factored, likeliest_precision, pair_information
 from steerwell.models.load import Policy
-from steerwell.models.reward_model import RewardModel, load_reward_model
+from steerwell.models.load_reward_model import load_reward_model
+from steerwell.models.reward_model import RewardModel
 from steerwell.models.uncertainty import moderation
 from tiny import tiny_llama, tiny_tokenizer
 

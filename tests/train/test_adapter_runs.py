@@ -14,7 +14,8 @@ from steerwell.data.errors import InputError
 from steerwell.data.store import open_store
 from steerwell.data.types import Annotation
 from steerwell.models.load import load_policy
-from steerwell.models.reward_model import RewardModel, load_reward_model
+from steerwell.models.load_reward_model import load_reward_model
+from steerwell.models.reward_model import RewardModel
 from steerwell.train import Recipe, run_recipe, train
 from tiny import tiny_llama, tiny_policy_dir
 

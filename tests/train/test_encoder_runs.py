@@ -18,7 +18,8 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from steerwell.data.errors import InputError
 from steerwell.data.types import Pair
 from steerwell.judges import reward_model
-from steerwell.models.reward_model import RewardModel, load_reward_model
+from steerwell.models.load_reward_model import load_reward_model
+from steerwell.models.reward_model import RewardModel
 from steerwell.train import Recipe, train
 from steerwell.train.plan import plan
 from steerwell.train.rundir import TrainingError

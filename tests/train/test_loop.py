@@ -16,7 +16,8 @@ from small_runs import largest_difference, lines, pair_groups, text_group, tiny_
 from steerwell.data.store import open_store
 from steerwell.data.types import Annotation, Pair
 from steerwell.models.load import Policy, load_policy
-from steerwell.models.reward_model import RewardModel, load_reward_model
+from steerwell.models.load_reward_model import load_reward_model
+from steerwell.models.reward_model import RewardModel
 from steerwell.objectives.table import TABLE, objective
 from steerwell.train import Recipe, TrainConfig, TrainingError, run_recipe, train
 from steerwell.train.schedule import rate

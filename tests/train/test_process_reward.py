@@ -19,7 +19,8 @@ from steerwell.data.steps import SEPARATOR, annotate_steps
 from steerwell.data.types import Completion, CompletionGroup, Pair
 from steerwell.models.batch import build
 from steerwell.models.forward import hidden_states
-from steerwell.models.reward_model import RewardModel, load_reward_model
+from steerwell.models.load_reward_model import load_reward_model
+from steerwell.models.reward_model import RewardModel
 from steerwell.models.scoring import ScoringRecipe, made_for
 from steerwell.models.step_scores import AGGREGATES, aggregate, step_scores
 from steerwell.models.step_tokens import token_steps

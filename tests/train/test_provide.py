@@ -18,8 +18,10 @@ from steerwell.models.reward_model import RewardModel
 from steerwell.models.scoring import ScoringRecipe
 from steerwell.train.items import Item, gather, items_digest, prepare, set_advantages
 from steerwell.train.loop import checked
+from steerwell.train.metrics import Totals
 from steerwell.train.provide import Provider
 from steerwell.train.reference import Reference
+from steerwell.train.step import kl_figures
 from steerwell.train.terms import demonstrations, needed, prune
 
 CPU = torch.device("cpu")
@@ -257,3 +259,17 @@ def test_a_reference_of_float64_is_summed_in_float64() -> None:
     coarse = provider(policy, names, reference, precision="float32").targets(items)
     assert coarse["ref_logps"].dtype == torch.float32
     torch.testing.assert_close(coarse["ref_logps"], recorded["ref_logps"].float(), atol=0, rtol=0)
+
+
+def test_kl_figures_of_a_float64_policy() -> None:
+    """One completion of two tokens that the policy finds e times as likely as the reference: k1 is 2 nats."""
+    totals = Totals()
+    fine = torch.tensor([-1.0, -2.0], dtype=torch.float64)
+    tensors = {
+        "per_token_logps": fine,
+        "ref_per_token_logps": fine - 1,
+        "owner": torch.tensor([0, 0]),
+        "lengths": torch.tensor([2.0]),
+    }
+    kl_figures(tensors, totals)
+    assert totals.means() == pytest.approx({"kl/k1": 2.0, "kl/k3": 2 * (math.exp(-1) - 1 + 1)}, rel=1e-12)

@@ -16,8 +16,9 @@ from steerwell.data.errors import InputError
 from steerwell.data.types import CompletionGroup, Pair
 from steerwell.judges import parse
 from steerwell.models.load import load_policy
+from steerwell.models.load_reward_model import load_reward_model
 from steerwell.models.reward_ensemble import reward_ensemble
-from steerwell.models.reward_model import RewardModel, load_reward_model
+from steerwell.models.reward_model import RewardModel
 from steerwell.train import rollouts, train
 from tiny import tiny_policy_dir
 

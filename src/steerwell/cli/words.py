@@ -50,8 +50,9 @@ def load_model(word: str) -> Policy | RewardModel | RewardEnsemble:
     path = model_path(word)
     config = Path(path) / "config.json"
     classifier = config.is_file() and "ForSequenceClassification" in config.read_text("utf-8")
-    ours = (Path(path) / f"steerwell_{name}.json" for name in ("scoring", "ensemble"))
-    if classifier or any(file.exists() for file in ours):
+    if classifier or any(
+        (Path(path) / f"steerwell_{name}.json").exists() for name in ("scoring", "ensemble")
+    ):
         from steerwell.models.reward_ensemble import load_scorer
 
         return load_scorer(path, name=word)

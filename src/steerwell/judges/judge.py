@@ -80,24 +80,6 @@ def parse(text: str, **settings: Any) -> Judge:
     return rules(*split_rules(rest)) if kind == "rules" else refusal()
 
 
-def _combining(asked: str, text: str) -> dict[str, Any]:
-    """``combine=uwo&penalty=0.5`` as settings."""
-    found: dict[str, Any] = {}
-    for part in filter(None, asked.split("&")):
-        key, _, value = part.partition("=")
-        if key not in ("combine", "penalty"):
-            raise InputError(
-                f"unknown setting {key!r} in {text!r}", mend=nearest(key, ("combine", "penalty"))
-            )
-        try:
-            found[key] = value if key == "combine" else float(value)
-        except ValueError:
-            raise InputError(
-                f"penalty must be a number, got {value!r}", mend="Write rm:DIRECTORY?combine=uwo&penalty=0.5."
-            ) from None
-    return found
-
-
 def _scored(text: str, settings: dict[str, Any]) -> Judge:
     """``openai:MODEL``, or ``opponents=4,votes=3,temperature=0.7:openai:MODEL``: how to score, and who compares."""
     from steerwell.judges.llm import pairwise
@@ -142,6 +124,24 @@ def _value(name: str, text: str, default: Any) -> Any:
         return read(text)
     except (KeyError, ValueError):
         raise InputError(f"{name} must be {wanted}, got {text!r}", mend=f"Write {name}=….") from None
+
+
+def _combining(asked: str, text: str) -> dict[str, Any]:
+    """``combine=uwo&penalty=0.5`` as settings."""
+    found: dict[str, Any] = {}
+    for part in filter(None, asked.split("&")):
+        key, _, value = part.partition("=")
+        if key not in ("combine", "penalty"):
+            raise InputError(
+                f"unknown setting {key!r} in {text!r}", mend=nearest(key, ("combine", "penalty"))
+            )
+        try:
+            found[key] = value if key == "combine" else float(value)
+        except ValueError:
+            raise InputError(
+                f"penalty must be a number, got {value!r}", mend="Write rm:DIRECTORY?combine=uwo&penalty=0.5."
+            ) from None
+    return found
 
 
 __all__ = ["KINDS", "Judge", "parse"]

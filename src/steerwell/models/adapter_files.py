@@ -10,7 +10,7 @@ import copy
 import json
 import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -19,13 +19,8 @@ from transformers import AutoModelForSequenceClassification, PreTrainedTokenizer
 
 from steerwell.data.errors import InputError
 from steerwell.models.adapters import is_quantised
-from steerwell.models.bayesian_head import UNCERTAINTY_FILE
-from steerwell.models.directory import files_digest, put_in_place, quiet, read_json
+from steerwell.models.directory import files_digest, quiet, read_json
 from steerwell.models.load import load_parts
-from steerwell.models.scoring import SCORING_FILE
-
-if TYPE_CHECKING:
-    from steerwell.models.reward_model import RewardModel
 
 CONFIG, WEIGHTS, BASE = "adapter_config.json", "adapter_model.safetensors", "steerwell_base.json"
 HEAD = "base_model.model.score.weight"
@@ -35,22 +30,6 @@ def is_adapter(place: str | Path) -> bool:
     """Whether a directory holds an adapter and no whole model."""
     folder = Path(place).expanduser()
     return (folder / CONFIG).is_file() and not (folder / "config.json").is_file()
-
-
-def save_adapter(model: RewardModel, path: Path) -> Path:
-    """See :meth:`~steerwell.models.reward_model.RewardModel.save_adapter`."""
-    if model.recipe.template == "pair":
-        raise InputError(
-            "adapters of encoders are not saved by themselves", mend="Use save: it merges the two."
-        )
-
-    def write(fresh: Path) -> None:
-        write_adapter(model.model, model.base, model.tokenizer, fresh)
-        (fresh / SCORING_FILE).write_text(model.recipe.to_json(), encoding="utf-8")
-        if model.recipe.uncertainty:
-            (fresh / UNCERTAINTY_FILE).write_bytes(model.posterior().to_bytes())
-
-    return put_in_place(path, write)
 
 
 def write_adapter(model: Any, base: str, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
@@ -181,4 +160,4 @@ def read_adapter(model: Any, folder: Path, name: str = "default") -> tuple[Any, 
     return wrapped.eval(), score.weight
 
 
-__all__ = ["base_of", "is_adapter", "load_base", "read_adapter", "save_adapter", "write_adapter"]
+__all__ = ["base_of", "is_adapter", "load_base", "read_adapter", "write_adapter"]

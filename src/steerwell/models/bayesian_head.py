@@ -139,11 +139,6 @@ def with_posterior(
             f"a posterior takes a head with one score, or with attributes and no gate; this one gives {recipe.head}",
             mend="An ensemble and quantiles have a spread of their own: score_with_std.",
         )
-    if recipe.template == "pair":
-        raise InputError(
-            "the head of an encoder is not linear in what it reads, so that it has no posterior in closed form",
-            mend="Train an ensemble or quantiles.",
-        )
     data = _Data.of(recipe.head, list(groups), recipe.outputs)
     head: Any = unwrap(model.model).score
     weights = head.weight.detach().double()

@@ -219,14 +219,18 @@ def load_parts(
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     dtype = number_type(dtype, device)
     quantised = four_bits(adapter, device)
-    _refuse_encoder(place, path)
-    tokenizer = read_tokenizer(place, path)
+    how = how_to_read(place)
+    _refuse_encoder(place, path, how)
+    tokenizer = read_tokenizer(place, path, how)
     if not tokenizer.chat_template:
         raise InputError("the tokenizer has no chat template", file=path, mend=TEMPLATE_MEND)
-    more = {} if quantised is None else {"quantization_config": quantised, "device_map": {"": device}}
-    more |= {} if labels is None else {"num_labels": labels}
-    model, missing = read_network(kind, place, path, dtype, **more)
-    refuse_missing(model, [name for name in missing if labels is None or name != "score.weight"], path)
+    if quantised is not None:
+        how |= {"quantization_config": quantised, "device_map": {"": device}}
+    if labels is not None:
+        how |= {"num_labels": labels}
+    model, missing = read_network(kind, place, path, dtype, how)
+    given = {"score.weight"} if labels is not None else set()
+    refuse_missing(model, [name for name in missing if name not in given], path)
     check_rows(model, tokenizer, path)
     if quantised is None:
         model.to(device)
@@ -234,19 +238,21 @@ def load_parts(
     return model, tokenizer
 
 
-def encoder_config(path: str | Path) -> Any:
-    """The configuration of a model if it is an encoder (:func:`steerwell.models.encoder.is_encoder`), else None."""
+def encoder_config(path: str | Path, how: Mapping[str, Any] | None = None) -> Any:
+    """The configuration of a model if it is an encoder (:func:`steerwell.models.encoder.is_encoder`), else None.
+    ``how`` is what :func:`how_to_read` said, if it was asked.
+    """
     place = check_directory(path)
     try:
         with quiet():
-            config = AutoConfig.from_pretrained(place, **_how(place))
+            config = AutoConfig.from_pretrained(place, **(how or how_to_read(place)))
     except (OSError, ValueError, KeyError):
         return None  # whoever loads the model says what is wrong
     return config if is_encoder(config) else None
 
 
-def _refuse_encoder(place: str, path: str | Path) -> None:
-    config = encoder_config(place)
+def _refuse_encoder(place: str, path: str | Path, how: Mapping[str, Any]) -> None:
+    config = encoder_config(place, how)
     if config is not None:
         kind = next(iter(config.architectures or ()), type(config).__name__)
         raise InputError(
@@ -256,15 +262,16 @@ def _refuse_encoder(place: str, path: str | Path) -> None:
         )
 
 
-def _how(place: str) -> dict[str, Any]:
+def how_to_read(place: str) -> dict[str, Any]:
+    """What to tell ``from_pretrained``: to run no code, and not to wait for a network that is not there."""
     return {"trust_remote_code": False, "local_files_only": not from_hub(place)}
 
 
-def read_tokenizer(place: str, path: str | Path) -> PreTrainedTokenizerBase:
+def read_tokenizer(place: str, path: str | Path, how: Mapping[str, Any]) -> PreTrainedTokenizerBase:
     """The tokenizer of a model; raises :class:`InputError`, which names ``path``, where there is none."""
     with quiet():
         try:
-            return AutoTokenizer.from_pretrained(place, **_how(place))
+            return AutoTokenizer.from_pretrained(place, **how)
         except (OSError, ValueError, KeyError) as error:
             raise InputError(
                 f"no tokenizer could be loaded ({first_line(error)})"
@@ -276,12 +283,11 @@ def read_tokenizer(place: str, path: str | Path) -> PreTrainedTokenizerBase:
 
 
 def read_network(
-    kind: Any, place: str, path: str | Path, dtype: torch.dtype, **more: Any
+    kind: Any, place: str, path: str | Path, dtype: torch.dtype, how: Mapping[str, Any]
 ) -> tuple[Any, list[str]]:
     """The network of a model, by the class ``kind``, and the names of weights that its files lack (they have random
     values). Raises :class:`InputError` where it can't be read.
     """
-    how = {**_how(place), **more}
     with quiet():
         try:
             model, info = kind.from_pretrained(
@@ -306,10 +312,9 @@ def refuse_missing(model: PreTrainedModel, missing: Sequence[str], path: str | P
         )
 
 
-def check_rows(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, path: str | Path) -> None:
+def check_rows(model: Any, tokenizer: PreTrainedTokenizerBase, path: str | Path) -> None:
     """Raise :class:`InputError` where the tokenizer knows more tokens than the model."""
-    embedding: Any = model.get_input_embeddings()
-    rows = embedding.weight.shape[0]
+    rows = model.get_input_embeddings().weight.shape[0]
     if len(tokenizer) > rows:
         raise InputError(
             f"the tokenizer has {len(tokenizer)} tokens but the model has embeddings for {rows}",
@@ -364,6 +369,7 @@ __all__ = [
     "check_rows",
     "encoder_config",
     "evaluating",
+    "how_to_read",
     "load_parts",
     "load_policy",
     "merged",

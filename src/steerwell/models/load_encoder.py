@@ -14,7 +14,14 @@ from steerwell.models.adapters import Adapter
 from steerwell.models.classifier import NEAR_ZERO
 from steerwell.models.directory import check_directory, model_place
 from steerwell.models.encoder import adopt_encoder, head_parts, output_layer
-from steerwell.models.load import check_rows, number_type, read_network, read_tokenizer, refuse_missing
+from steerwell.models.load import (
+    check_rows,
+    how_to_read,
+    number_type,
+    read_network,
+    read_tokenizer,
+    refuse_missing,
+)
 from steerwell.models.pairs import pair_frame
 
 
@@ -41,16 +48,18 @@ def load_encoder(
     if adapter is not None and adapter.kind == "qlora":
         raise InputError("qlora is for language models, and this is an encoder", file=path, mend="Use lora.")
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    tokenizer = read_tokenizer(place, path)
+    how = how_to_read(place)
+    tokenizer = read_tokenizer(place, path, how)
     try:
         frame = pair_frame(tokenizer)
     except InputError as error:
         raise InputError(error.what, file=path, mend=error.mend) from error
-    more = {} if outputs is None else {"num_labels": outputs, "ignore_mismatched_sizes": True}
+    if outputs is not None:
+        how |= {"num_labels": outputs, "ignore_mismatched_sizes": True}
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model, missing = read_network(
-            AutoModelForSequenceClassification, place, path, number_type(dtype, device), **more
+            AutoModelForSequenceClassification, place, path, number_type(dtype, device), how
         )
     if outputs is not None:
         made = {id(p) for part in head_parts(model) for p in part.parameters()}

@@ -22,9 +22,10 @@ from steerwell.data.types import CompletionGroup
 from steerwell.models.adapter_files import base_of, is_adapter, load_base, read_adapter
 from steerwell.models.adapters import scalings
 from steerwell.models.directory import model_place, put_in_place, read_json, weights_digest
-from steerwell.models.load import MAX_TOKENS, name_of, read_tokenizer
-from steerwell.models.reward_model import RewardModel, load_reward_model
-from steerwell.models.scoring import COMBINATIONS, by_members, check_tokenizer, recipe_beside
+from steerwell.models.load import MAX_TOKENS, how_to_read, name_of, read_tokenizer
+from steerwell.models.load_reward_model import load_reward_model, recipe_beside
+from steerwell.models.reward_model import RewardModel
+from steerwell.models.scoring import COMBINATIONS, by_members, check_tokenizer
 
 ENSEMBLE_FILE = "steerwell_ensemble.json"
 VERSION = 1
@@ -256,7 +257,10 @@ def _loaded(
                 load_reward_model(folder if folder.exists() else str(member), device=device, dtype=dtype)
             )
             continue
-        recipe, tokenizer = recipe_beside(folder), read_tokenizer(str(folder), folder)
+        recipe, tokenizer = (
+            recipe_beside(folder),
+            read_tokenizer(str(folder), folder, how_to_read(str(folder))),
+        )
         check_tokenizer(recipe, tokenizer, folder)
         base, adapter = base_of(folder), f"member{i + 1}"
         key = (base, len(recipe.outputs))

@@ -9,22 +9,19 @@ from __future__ import annotations
 import copy
 import hashlib
 import math
+import statistics
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from transformers import AutoModelForSequenceClassification, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from steerwell.data.errors import InputError
 from steerwell.data.types import CompletionGroup
 from steerwell.models.adapter_files import (
-    base_of,
-    is_adapter,
-    load_base,
-    read_adapter,
-    save_adapter,
+    write_adapter,
 )
 from steerwell.models.adapters import (
     AdapterKind,
@@ -36,10 +33,10 @@ from steerwell.models.adapters import (
     without_adapter,
 )
 from steerwell.models.bayesian_head import UNCERTAINTY_FILE, Posterior, read_posterior, with_posterior
-from steerwell.models.classifier import check_classifier, classifier_on, size_at_start
+from steerwell.models.classifier import classifier_on, size_at_start
 from steerwell.models.directory import (
     model_place,
-    read_json,
+    put_in_place,
     remembered_digest,
     save_directory,
 )
@@ -51,24 +48,18 @@ from steerwell.models.load import (
     by_group,
     encoder_config,
     evaluating,
-    load_parts,
     name_of,
-    read_tokenizer,
     unwrap,
 )
 from steerwell.models.load_encoder import load_encoder
-from steerwell.models.normalise import normalised
 from steerwell.models.pairs import tokenize_pairs
 from steerwell.models.render import TokenizedGroup, ending, tokenize_groups
-from steerwell.models.reward_head import add_gate, load_gate
+from steerwell.models.reward_head import add_gate
 from steerwell.models.scoring import (
     SCORING_FILE,
     ScoringRecipe,
-    check_outputs,
-    check_tokenizer,
     combined,
     made_for,
-    recipe_beside,
 )
 from steerwell.models.step_scores import aggregate, step_logits
 from steerwell.models.uncertainty import margins_with_std, moderation, score_with_std
@@ -265,8 +256,10 @@ class RewardModel:
     def margins_with_std(
         self, groups: Iterable[CompletionGroup], *, max_tokens: int = MAX_TOKENS
     ) -> list[list[tuple[float, float]]]:
-        """For every pair of every group the difference of its two scores and the standard deviation of that: over the
-        members, or by the posterior; quantiles are taken for independent. Raises as :meth:`score_with_std` does.
+        """For every pair of every group the score of its first completion less that of its second, and the standard
+        deviation of that difference: over the members, or by the posterior; quantiles are taken for independent.
+
+        Raises :class:`InputError` as :meth:`score_with_std` does.
         """
         return margins_with_std(self, groups, max_tokens)
 
@@ -282,13 +275,21 @@ class RewardModel:
         stay as they are; the posterior is saved with the model.
 
         ``prior_precision``: 1 / variance of each weight before the data; ``likeliest``: by the marginal likelihood.
-        It takes one pass over the data, and D^2 numbers for each output at a width of D. Raises :class:`InputError` for
-        other heads, and where the groups hold nothing of the kind.
+        It takes one pass over the data, and D^2 numbers for each output at a width of D.
+
+        Raises :class:`InputError` for other heads, and where the groups hold nothing of the kind.
         """
+        self._refuse_pairs("given a posterior", "Train an ensemble: ensemble_bradley_terry.")
         return with_posterior(self, groups, prior_precision, max_tokens)
 
+    def _refuse_pairs(self, what: str, mend: str) -> None:
+        if self.recipe.template == "pair":
+            raise InputError(f"a reward model on an encoder cannot be {what}", mend=mend)
+
     def posterior(self) -> Posterior:
-        """The posterior of the head, read from the directory when first asked for. Raises where there is none."""
+        """The posterior of the head, read from the model's directory when it is first asked for. Raises
+        :class:`InputError` where there is none.
+        """
         if self._posterior is None:
             self._posterior = read_posterior(Path(self.path) / UNCERTAINTY_FILE, self.recipe.uncertainty)
         return self._posterior
@@ -308,9 +309,24 @@ class RewardModel:
 
         Members of an ensemble are brought to one level and scale first, each by its own mean and standard deviation:
         pairs leave the level of a member free, and ``min`` and ``uwo`` compare levels. Probabilities then go by the
-        mean of the members' scales. Raises :class:`InputError` where there are fewer than two different scores.
+        mean of the members' scales.
+
+        Raises :class:`InputError` where there are fewer than two different scores.
         """
-        return normalised(self, groups)
+        groups = list(groups)
+        plain = replace(self, recipe=replace(self.recipe, mean=0.0, std=1.0))
+        raw_temperature = (
+            self.recipe.temperature * self.recipe.std * statistics.fmean(self.recipe.scales or [1])
+        )
+        if self.recipe.head == "members":
+            plain = plain.with_recipe(levels=None, scales=None)
+            rows = [[*each.values()] for own in plain.outputs(groups) for each in own]
+            columns = [_scale([row[i] for row in rows]) for i in range(len(self.recipe.outputs))]
+            levels, scales = zip(*columns, strict=True)
+            plain = plain.with_recipe(levels=levels, scales=scales)
+        mean, std = _scale([score for scores in plain.score(groups) for score in scores])
+        temperature = raw_temperature / (std * statistics.fmean(plain.recipe.scales or [1]))
+        return plain.with_recipe(mean=mean, std=std, temperature=temperature)
 
     def with_recipe(self, **changes: Any) -> RewardModel:
         """This model with another recipe; the network is shared."""
@@ -354,89 +370,29 @@ class RewardModel:
         weights below it lie in no directory (a policy with a trained adapter was merged).
         """
 
-        return save_adapter(self, Path(path))
+        self._refuse_pairs("saved as an adapter alone", "Use save: adapter and head go into a whole model.")
+
+        def write(fresh: Path) -> None:
+            write_adapter(self.model, self.base, self.tokenizer, fresh)
+            (fresh / SCORING_FILE).write_text(self.recipe.to_json(), encoding="utf-8")
+            if self.recipe.uncertainty:
+                (fresh / UNCERTAINTY_FILE).write_bytes(self.posterior().to_bytes())
+
+        return put_in_place(Path(path), write)
 
     def copy(self) -> RewardModel:
         """An independent copy with equal weights, on the same device."""
         return replace(self, model=copy.deepcopy(self.model))
 
 
-def load_reward_model(
-    path: str | Path,
-    *,
-    lora: int | None = None,
-    adapter: AdapterKind = "lora",
-    lora_alpha: float | None = None,
-    lora_targets: Iterable[str] | None = None,
-    device: str | torch.device | None = None,
-    dtype: str | torch.dtype | None = None,
-    name: str | None = None,
-    base: str | Path | None = None,
-) -> RewardModel:
-    """Load a reward model: a sequence classifier, or an adapter with a head (:meth:`RewardModel.save_adapter`) over the
-    base that its directory names, or over ``base``. Without a recipe it has one label and reads the last token, and on
-    an encoder a pair of texts in the model's own way.
-
-    With ``lora`` a new adapter and the head are trained, and nothing else; see :func:`load_policy`.
-
-    Raises :class:`InputError` as :func:`load_policy` does, for a directory that holds a language model, and where the
-    chat template or the stop token is another one than in training.
-    """
-    asked = asked_adapter(lora, adapter, lora_alpha, lora_targets)
-    local = Path(path).expanduser()
-    if is_adapter(local):
-        if asked is not None:
-            raise InputError(
-                "this reward model has an adapter already",
-                file=path,
-                mend="Leave lora out, or save it whole first.",
-            )
-        return _over_base(local, base_of(local, base), device, dtype, name or name_of(path))
-    if base is not None:
-        raise InputError("base is given, and this is no adapter", file=path, mend="Leave it out.")
-    if (local / "config.json").is_file():
-        config = read_json(local / "config.json")
-        kinds = [str(kind) for kind in config.get("architectures") or []]
-        if kinds and not any("ForSequenceClassification" in kind for kind in kinds):
-            raise InputError(
-                f"this is a {kinds[0]}, not a reward model",
-                file=path,
-                mend='Train one from it: a recipe with objective = "bradley_terry".',
-            )
-    encoder = encoder_config(path) is not None
-    recipe = recipe_beside(local, encoder)
-    if encoder != (recipe.template == "pair"):
+def _scale(raw: list[float]) -> tuple[float, float]:
+    """Mean and standard deviation."""
+    if len(set(raw)) < 2:
         raise InputError(
-            f"the template of an encoder is pair, that of a decoder chat, and this is {recipe.template}",
-            file=local / SCORING_FILE,
+            f"{len(raw)} completions with {len(set(raw))} different scores have no scale",
+            mend="Give a reference set of some hundred completions.",
         )
-    if encoder:
-        model, tokenizer = load_encoder(path, device, dtype, asked)
-        train_what_is_read(model, recipe.pooling)
-    else:
-        model, tokenizer = load_parts(AutoModelForSequenceClassification, path, device, dtype, asked)
-    check_classifier(model, path)
-    check_tokenizer(recipe, tokenizer, path)
-    check_outputs(recipe, model, path)
-    if recipe.gate:
-        load_gate(model, local)
-    whole: Any = model if asked is None else add_adapter(model, asked)
-    below = "" if asked is None else str(path)
-    return RewardModel(whole, tokenizer, recipe, name or name_of(path), str(path), below)
-
-
-def _over_base(
-    folder: Path,
-    base: str,
-    device: str | torch.device | None,
-    dtype: str | torch.dtype | None,
-    name: str,
-) -> RewardModel:
-    recipe = recipe_beside(folder)
-    tokenizer = read_tokenizer(str(folder), folder)
-    check_tokenizer(recipe, tokenizer, folder)
-    model, _ = read_adapter(load_base(base, len(recipe.outputs), device, dtype), folder)
-    return RewardModel(model, tokenizer, recipe, name, str(folder), base)
+    return statistics.fmean(raw), statistics.pstdev(raw)
 
 
 def _pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
@@ -444,4 +400,4 @@ def _pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
     return int(pad if pad is not None else ending(tokenizer).stop_id or 0)  # type: ignore[arg-type]
 
 
-__all__ = ["SCORING_FILE", "RewardModel", "ScoringRecipe", "load_reward_model"]
+__all__ = ["RewardModel"]

@@ -18,7 +18,6 @@ from torch import Tensor
 
 from steerwell.data.errors import InputError, nearest
 from steerwell.data.steps import SEPARATOR
-from steerwell.models.directory import read_json
 from steerwell.models.forward import Pooling
 from steerwell.models.render import ending
 from steerwell.models.step_scores import check_aggregate
@@ -153,14 +152,6 @@ def read_recipe(given: Mapping[str, Any], file: str | Path) -> ScoringRecipe:
         raise InputError(error.what, file=file, mend=error.mend) from None
 
 
-def recipe_beside(folder: Path, encoder: bool = False) -> ScoringRecipe:
-    """The scoring recipe of a directory; the usual one where it has none."""
-    file = folder / SCORING_FILE
-    if file.is_file():
-        return read_recipe(read_json(file), file)
-    return ScoringRecipe("cls", template="pair") if encoder else ScoringRecipe()
-
-
 def combined(head_scores: Tensor, recipe: ScoringRecipe, gate: Tensor | None = None) -> Tensor:
     """One raw score per completion (N,) from the outputs (N, H), differentiable; ``gate`` (N, H) are its logits.
 
@@ -249,5 +240,4 @@ __all__ = [
     "made_for",
     "member_scores",
     "read_recipe",
-    "recipe_beside",
 ]

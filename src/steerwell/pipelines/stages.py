@@ -30,7 +30,8 @@ from steerwell.data.store import Store, open_store
 from steerwell.data.types import CompletionGroup, Prompt
 from steerwell.evals.stats import Estimate, mean, proportion
 from steerwell.models.load import Policy, load_policy
-from steerwell.models.reward_model import RewardModel, load_reward_model
+from steerwell.models.load_reward_model import load_reward_model
+from steerwell.models.reward_model import RewardModel
 from steerwell.pipelines.progress import Progress, silent
 from steerwell.train import train
 from steerwell.train.sources import rollouts

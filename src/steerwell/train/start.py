@@ -16,7 +16,9 @@ from steerwell.models.adapters import Adapter, fresh_adapter, scalings, settings
 from steerwell.models.directory import model_place
 from steerwell.models.encoder import head_parts
 from steerwell.models.load import Policy, encoder_config, load_policy, weights_digest
-from steerwell.models.reward_model import RewardModel, ScoringRecipe, load_reward_model
+from steerwell.models.load_reward_model import load_reward_model
+from steerwell.models.reward_model import RewardModel
+from steerwell.models.scoring import ScoringRecipe
 from steerwell.models.sharding import shard, skeleton
 from steerwell.train.config import HEAD_RATE, LEARNING_RATES, LORA_FACTOR, TrainConfig
 from steerwell.train.heads import AskedHead, fitted_head

@@ -112,18 +112,6 @@ def _strengths(group: CompletionGroup, tokens: TokenizedGroup, steps: Steps) -> 
     return [math.nan if strength is None else float(strength) for strength in given]
 
 
-def _draws(group: CompletionGroup, tokens: TokenizedGroup, steps: Steps) -> list[float]:
-    """48 bits of a hash of the texts; where a group has the same pair again, that one has its own."""
-    seen: dict[str, int] = {}
-    found: list[float] = []
-    for pair in group.pairs:
-        texts = [group.completions[i].text_id for i in (pair.chosen, pair.rejected)]
-        name = digest(group.prompt_id, *texts)
-        seen[name] = seen.get(name, 0) + 1
-        found.append(int(digest(name, seen[name])[:12], 16))
-    return found
-
-
 def _steps(group: CompletionGroup, tokens: TokenizedGroup, steps: Steps) -> list[float]:
     return [step for own in steps() for step in own]
 
@@ -144,6 +132,18 @@ def _step_labels(group: CompletionGroup, tokens: TokenizedGroup, steps: Steps) -
 def _labelled(group: CompletionGroup) -> list[bool]:
     labels = group.step_labels or (None,) * len(group.completions)
     return [any(label is not None for label in own or ()) for own in labels]
+
+
+def _draws(group: CompletionGroup, tokens: TokenizedGroup, steps: Steps) -> list[float]:
+    """48 bits of a hash of the texts; where a group has the same pair again, that one has its own."""
+    seen: dict[str, int] = {}
+    found: list[float] = []
+    for pair in group.pairs:
+        texts = [group.completions[i].text_id for i in (pair.chosen, pair.rejected)]
+        name = digest(group.prompt_id, *texts)
+        seen[name] = seen.get(name, 0) + 1
+        found.append(int(digest(name, seen[name])[:12], 16))
+    return found
 
 
 def _known(values: Seq[object] | None, group: CompletionGroup) -> list[bool]:

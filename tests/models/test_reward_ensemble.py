@@ -15,8 +15,9 @@ from test_reward_adapters import groups, trained
 import steerwell as sw
 from steerwell.data.errors import InputError
 from steerwell.models.load import load_policy
+from steerwell.models.load_reward_model import load_reward_model
 from steerwell.models.reward_ensemble import load_scorer
-from steerwell.models.reward_model import RewardModel, load_reward_model
+from steerwell.models.reward_model import RewardModel
 from steerwell.models.scoring import by_members
 from tiny import NEWLINE_TEMPLATE, tiny_policy_dir, tiny_tokenizer
 
