@@ -33,7 +33,7 @@ from steerwell.models.adapters import (
     without_adapter,
 )
 from steerwell.models.bayesian_head import UNCERTAINTY_FILE, Posterior, read_posterior, with_posterior
-from steerwell.models.classifier import NEAR_ZERO, classifier_on
+from steerwell.models.classifier import classifier_on, size_at_start
 from steerwell.models.directory import (
     model_place,
     put_in_place,
@@ -64,10 +64,6 @@ from steerwell.models.scoring import (
 from steerwell.models.step_scores import aggregate, step_logits
 from steerwell.models.uncertainty import margins_with_std, moderation, score_with_std
 
-#: Size of a fresh head's outputs in an ensemble: the usual start of a reward head (arXiv:2009.01325), large enough to
-#: act as each member's own prior (arXiv:1806.03335).
-MEMBERS_APART = 1.0
-
 
 @dataclass(eq=False)
 class RewardModel:
@@ -93,7 +89,7 @@ class RewardModel:
         outputs: tuple[str, ...] = ("score",),
     ) -> RewardModel:
         """A reward model on a copy of the policy's backbone; its new head is close to zero, always the same. Members of
-        an ensemble start apart, of size 1 (:data:`MEMBERS_APART`): what the data do not settle keeps them so.
+        an ensemble start apart, of size 1: what the data do not settle keeps them so.
 
         ``head`` says what the outputs are (:data:`steerwell.models.scoring.HEADS`), ``outputs`` names them.
 
@@ -107,8 +103,7 @@ class RewardModel:
         source = without_adapter(policy.model) if fresh else merged(policy.model)
         if source is policy.model:
             source = copy.deepcopy(source)
-        spread = MEMBERS_APART if head == "members" else NEAR_ZERO
-        pad = _pad_id(policy.tokenizer)
+        pad, spread = _pad_id(policy.tokenizer), size_at_start(head)
         model = classifier_on(source, pad, policy.path or None, len(outputs), spread=spread)
         whole: Any = model if adapter is None else add_adapter(model, adapter)
         recipe = made_for(policy.tokenizer, ScoringRecipe(pooling, head=head, outputs=outputs))
@@ -146,7 +141,9 @@ class RewardModel:
         recipe = ScoringRecipe(pooling, head=head, outputs=outputs, template="pair", max_length=max_length)
         if encoder_config(model_place(path)) is None:
             raise InputError("this is no encoder", file=path, mend="Use from_policy with a language model.")
-        model, tokenizer = load_encoder(path, device, dtype, asked, outputs=len(outputs))
+        model, tokenizer = load_encoder(
+            path, device, dtype, asked, outputs=len(outputs), spread=size_at_start(head)
+        )
         train_what_is_read(model, pooling)
         whole: Any = model if asked is None else add_adapter(model, asked)
         return cls(whole, tokenizer, recipe, name or f"{name_of(path)}-reward", str(path))
