@@ -9,7 +9,6 @@ from __future__ import annotations
 import copy
 import hashlib
 import math
-import statistics
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -60,6 +59,7 @@ from steerwell.models.scoring import (
     ScoringRecipe,
     combined,
     made_for,
+    on_scale,
 )
 from steerwell.models.step_scores import aggregate, step_logits
 from steerwell.models.uncertainty import margins_with_std, moderation, score_with_std
@@ -314,19 +314,13 @@ class RewardModel:
         Raises :class:`InputError` where there are fewer than two different scores.
         """
         groups = list(groups)
-        plain = replace(self, recipe=replace(self.recipe, mean=0.0, std=1.0))
-        raw_temperature = (
-            self.recipe.temperature * self.recipe.std * statistics.fmean(self.recipe.scales or [1])
-        )
-        if self.recipe.head == "members":
-            plain = plain.with_recipe(levels=None, scales=None)
-            rows = [[*each.values()] for own in plain.outputs(groups) for each in own]
-            columns = [_scale([row[i] for row in rows]) for i in range(len(self.recipe.outputs))]
-            levels, scales = zip(*columns, strict=True)
-            plain = plain.with_recipe(levels=levels, scales=scales)
-        mean, std = _scale([score for scores in plain.score(groups) for score in scores])
-        temperature = raw_temperature / (std * statistics.fmean(plain.recipe.scales or [1]))
-        return plain.with_recipe(mean=mean, std=std, temperature=temperature)
+
+        def scores(recipe: ScoringRecipe) -> list[float]:
+            return [score for own in replace(self, recipe=recipe).score(groups) for score in own]
+
+        members = self.recipe.head == "members"
+        rows = [[*each.values()] for own in self.outputs(groups) for each in own] if members else []
+        return replace(self, recipe=on_scale(self.recipe, rows, scores))
 
     def with_recipe(self, **changes: Any) -> RewardModel:
         """This model with another recipe; the network is shared."""
@@ -383,16 +377,6 @@ class RewardModel:
     def copy(self) -> RewardModel:
         """An independent copy with equal weights, on the same device."""
         return replace(self, model=copy.deepcopy(self.model))
-
-
-def _scale(raw: list[float]) -> tuple[float, float]:
-    """Mean and standard deviation."""
-    if len(set(raw)) < 2:
-        raise InputError(
-            f"{len(raw)} completions with {len(set(raw))} different scores have no scale",
-            mend="Give a reference set of some hundred completions.",
-        )
-    return statistics.fmean(raw), statistics.pstdev(raw)
 
 
 def _pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
