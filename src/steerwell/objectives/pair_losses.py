@@ -80,4 +80,5 @@ __all__ = [
     "expm1_then_line",
     "logistic",
     "pair_metrics",
+    "ranking_losses",
 ]
