@@ -102,6 +102,7 @@ SCENES = {
     "cispo": Scene(span=3.0),
     "discopop": Scene(span=15.0),
     "dpop": Scene(hyper={"lam": 5.0}),
+    "ensemble_bradley_terry": Scene(hyper={"bootstrap": False}),
     "f_dpo": Scene(hyper={"divergence": "js"}),
     "info_nca": Scene(span=600.0),
     "nca": Scene(span=600.0),
@@ -400,6 +401,7 @@ def batch_of(values: Tensor, level: Tensor, *, tokens: int, good: Tensor, reward
         "ref_per_token_logps": ref_per_token,
         "old_per_token_logps": ref_per_token,
         "owner": owner,
+        "head_scores": values[:, None].expand(-1, 4),  # four members that agree
         "pair_strengths": torch.ones(n // 2, dtype=torch.float64),
         "per_token_kl": torch.zeros(len(owner), dtype=torch.float64),
         "per_token_collision": ref_per_token,

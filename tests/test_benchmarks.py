@@ -100,6 +100,87 @@ def test_pairs_of_the_growth_benchmark_are_the_same_each_time() -> None:
     assert len({g.prompt_id for g in pairs}) == 5
 
 
+def test_cases_against_trl_name_objectives_and_hyperparameters_that_there_are() -> None:
+    from steerwell.data.errors import InputError
+    from steerwell.train.loop import checked
+    from steerwell.train.terms import check_data
+
+    script: Any = load("objectives_vs_trl")
+    assert len({case.name for case in script.CASES}) == len(script.CASES)
+    for case in script.CASES:
+        terms, _ = checked(case.ours, None, case.hyper)
+        if case.targets != "grpo":  # whose completions and rewards are given step by step
+            check_data(terms, script.as_groups([ROW], case.targets))
+    with pytest.raises(InputError, match="betta"):
+        checked("dpo", None, {"betta": 0.1})
+
+
+def test_the_result_against_trl_has_every_case_within_its_tolerance() -> None:
+    script: Any = load("objectives_vs_trl")
+    found = json.loads((FOLDER / "results" / "objectives_vs_trl.json").read_text())
+    assert found["settings"]["tolerance"] == script.TOLERANCE == 1e-6
+    assert found["settings"]["steps"] == script.STEPS == 20
+    assert found["machine"]["cpu"]
+    assert found["differ_by_design"] == script.BY_DESIGN
+    assert found["not_compared"] == script.NOT_COMPARED
+    assert list(found["cases"]) == [case.name for case in script.CASES]
+    for case in script.CASES:
+        row = found["cases"][case.name]
+        assert row["steerwell"] == json.loads(json.dumps({"objective": case.ours, **case.hyper}))
+        assert row["trl"] == {"trainer": case.trainer, **case.settings}
+        assert row["steps"] == script.STEPS // case.every
+        assert 0 <= row["largest_relative_difference"] <= script.TOLERANCE, case.name
+        assert row["first_loss"] != row["last_loss"]
+
+
+def test_every_loss_of_trls_preference_trainers_has_a_case() -> None:
+    """The loss types of DPOTrainer, KTOTrainer, CPOTrainer and TPOTrainer of TRL 1.16, but for those without ours."""
+    script: Any = load("objectives_vs_trl")
+    known = {
+        "dpo": "sigmoid hinge ipo exo_pair nca_pair robust bco_pair sppo_hard aot aot_unpaired apo_zero apo_down "
+        "discopop sft sigmoid_norm",
+        "kto": "kto apo_zero_unpaired",
+        "cpo": "sigmoid hinge simpo",
+        "tpo": "sigmoid tpo-l",
+        "grpo": "grpo bnpo dapo",
+    }
+    for trainer, names in known.items():
+        cases = [case.settings for case in script.CASES if case.trainer == trainer]
+        given = [one.get("loss_type", "sigmoid") for one in cases]
+        assert {x for one in given for x in ([one] if isinstance(one, str) else one)} == set(names.split())
+    settings = [case.settings for case in script.CASES]
+    divergences = {one["f_divergence_type"] for one in settings if "f_divergence_type" in one}
+    assert divergences == {"reverse_kl", "forward_kl", "js_divergence", "alpha_divergence"}
+    for name in ("use_weighting", "ld_alpha", "loss_weights", "alpha", "center_rewards_coefficient"):
+        assert any(name in one for one in settings), name
+
+
+def test_the_rewards_of_given_completions() -> None:
+    script: Any = load("objectives_vs_trl")
+    assert script.rewards(0) == [-3.0, 1.0, 1.0, 1.0]
+    assert script.rewards(5) == [-1.0, 3.0, -1.0, -1.0]
+    assert [statistics.stdev(script.rewards(i)) for i in range(12)] == [2.0] * 12
+
+
+def test_a_difference_from_trl_is_seen() -> None:
+    script: Any = load("objectives_vs_trl")
+    found = script.differences({"losses": [0.5, 0.4]}, {"losses": [0.5, 0.400001]})
+    assert found["largest_relative_difference"] == pytest.approx(2.5e-6, rel=0.01)
+    assert found["largest_relative_difference"] > script.TOLERANCE
+    assert "trl: KeyError" in script.differences({"losses": [1.0]}, {"error": "KeyError: 1"})["not_compared"]
+    second = script.differences({"losses": [9.0, 0.5]}, {"losses": [1.0, 0.5]}, every=2)
+    assert (second["largest_relative_difference"], second["steps"]) == (0.0, 1)
+    with pytest.raises(ValueError, match="longer"):
+        script.differences({"losses": [0.5]}, {"losses": [0.5, 0.4]})
+
+
+def test_the_readme_says_what_the_result_against_trl_says() -> None:
+    found = json.loads((FOLDER / "results" / "objectives_vs_trl.json").read_text())["cases"]
+    text = (FOLDER / "README.md").read_text()
+    exact = sum(row["largest_relative_difference"] < 1e-12 for row in found.values())
+    assert f"{len(found)} cases, {exact} of them equal within 1e-12" in " ".join(text.split())
+
+
 # Reward models on real language
 
 
@@ -231,87 +312,6 @@ def test_the_trial_runs_on_a_tiny_encoder(tmp_path: Path) -> None:
     assert script.try_hh(*given) == found  # nothing is trained again
 
 
-def test_cases_against_trl_name_objectives_and_hyperparameters_that_there_are() -> None:
-    from steerwell.data.errors import InputError
-    from steerwell.train.loop import checked
-    from steerwell.train.terms import check_data
-
-    script: Any = load("objectives_vs_trl")
-    assert len({case.name for case in script.CASES}) == len(script.CASES)
-    for case in script.CASES:
-        terms, _ = checked(case.ours, None, case.hyper)
-        if case.targets != "grpo":  # whose completions and rewards are given step by step
-            check_data(terms, script.as_groups([ROW], case.targets))
-    with pytest.raises(InputError, match="betta"):
-        checked("dpo", None, {"betta": 0.1})
-
-
-def test_the_result_against_trl_has_every_case_within_its_tolerance() -> None:
-    script: Any = load("objectives_vs_trl")
-    found = json.loads((FOLDER / "results" / "objectives_vs_trl.json").read_text())
-    assert found["settings"]["tolerance"] == script.TOLERANCE == 1e-6
-    assert found["settings"]["steps"] == script.STEPS == 20
-    assert found["machine"]["cpu"]
-    assert found["differ_by_design"] == script.BY_DESIGN
-    assert found["not_compared"] == script.NOT_COMPARED
-    assert list(found["cases"]) == [case.name for case in script.CASES]
-    for case in script.CASES:
-        row = found["cases"][case.name]
-        assert row["steerwell"] == json.loads(json.dumps({"objective": case.ours, **case.hyper}))
-        assert row["trl"] == {"trainer": case.trainer, **case.settings}
-        assert row["steps"] == script.STEPS // case.every
-        assert 0 <= row["largest_relative_difference"] <= script.TOLERANCE, case.name
-        assert row["first_loss"] != row["last_loss"]
-
-
-def test_every_loss_of_trls_preference_trainers_has_a_case() -> None:
-    """The loss types of DPOTrainer, KTOTrainer, CPOTrainer and TPOTrainer of TRL 1.16, but for those without ours."""
-    script: Any = load("objectives_vs_trl")
-    known = {
-        "dpo": "sigmoid hinge ipo exo_pair nca_pair robust bco_pair sppo_hard aot aot_unpaired apo_zero apo_down "
-        "discopop sft sigmoid_norm",
-        "kto": "kto apo_zero_unpaired",
-        "cpo": "sigmoid hinge simpo",
-        "tpo": "sigmoid tpo-l",
-        "grpo": "grpo bnpo dapo",
-    }
-    for trainer, names in known.items():
-        cases = [case.settings for case in script.CASES if case.trainer == trainer]
-        given = [one.get("loss_type", "sigmoid") for one in cases]
-        assert {x for one in given for x in ([one] if isinstance(one, str) else one)} == set(names.split())
-    settings = [case.settings for case in script.CASES]
-    divergences = {one["f_divergence_type"] for one in settings if "f_divergence_type" in one}
-    assert divergences == {"reverse_kl", "forward_kl", "js_divergence", "alpha_divergence"}
-    for name in ("use_weighting", "ld_alpha", "loss_weights", "alpha", "center_rewards_coefficient"):
-        assert any(name in one for one in settings), name
-
-
-def test_the_rewards_of_given_completions() -> None:
-    script: Any = load("objectives_vs_trl")
-    assert script.rewards(0) == [-3.0, 1.0, 1.0, 1.0]
-    assert script.rewards(5) == [-1.0, 3.0, -1.0, -1.0]
-    assert [statistics.stdev(script.rewards(i)) for i in range(12)] == [2.0] * 12
-
-
-def test_a_difference_from_trl_is_seen() -> None:
-    script: Any = load("objectives_vs_trl")
-    found = script.differences({"losses": [0.5, 0.4]}, {"losses": [0.5, 0.400001]})
-    assert found["largest_relative_difference"] == pytest.approx(2.5e-6, rel=0.01)
-    assert found["largest_relative_difference"] > script.TOLERANCE
-    assert "trl: KeyError" in script.differences({"losses": [1.0]}, {"error": "KeyError: 1"})["not_compared"]
-    second = script.differences({"losses": [9.0, 0.5]}, {"losses": [1.0, 0.5]}, every=2)
-    assert (second["largest_relative_difference"], second["steps"]) == (0.0, 1)
-    with pytest.raises(ValueError, match="longer"):
-        script.differences({"losses": [0.5]}, {"losses": [0.5, 0.4]})
-
-
-def test_the_readme_says_what_the_result_against_trl_says() -> None:
-    found = json.loads((FOLDER / "results" / "objectives_vs_trl.json").read_text())["cases"]
-    text = (FOLDER / "README.md").read_text()
-    exact = sum(row["largest_relative_difference"] < 1e-12 for row in found.values())
-    assert f"{len(found)} cases, {exact} of them equal within 1e-12" in " ".join(text.split())
-
-
 def test_the_results_are_those_of_the_script() -> None:
     script: Any = load("reward_models_on_real_language")
     kept = json.loads(script.RESULT.read_text())
@@ -319,3 +319,17 @@ def test_the_results_are_those_of_the_script() -> None:
     assert kept["ukp_convarg1"]["settings"] == script.UKP
     assert "/" not in kept["hh_harmless"]["encoder"]
     assert "file" not in kept["hh_harmless"]["data"]["read"]
+
+
+def test_the_readme_says_what_the_trial_says() -> None:
+    kept = json.loads((FOLDER / "results" / "reward_models_on_real_language.json").read_text())
+    page = (FOLDER / "README.md").read_text()
+    hh, words = kept["hh_harmless"], kept["ukp_convarg1"]
+    found = [hh["accuracy"], words["soft"]["accuracy"], words["majority"]["accuracy"]]
+    cells = [f"{x['value']:.3f} [{x['low']:.3f}, {x['high']:.3f}]" for x in found]
+    assert f"| {' | '.join(cells)} |" in page
+    ceiling = words["noise_ceiling"]["majority"]
+    assert f"{ceiling['value']:.3f} [{ceiling['low']:.3f}, {ceiling['high']:.3f}]" in page
+    over = [x["over_the_better_rule"] for x in (hh, words["soft"], words["majority"])]
+    cells = [f"+{x['value']:.3f} [{x['low']:.3f}, {x['high']:.3f}]" for x in over]
+    assert f"| {' | '.join(cells)} |" in page

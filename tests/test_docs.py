@@ -261,3 +261,31 @@ def test_the_figures_of_the_comparison_are_those_of_the_result_file() -> None:
             f"{share[1]} ({ends[0]} … {ends[1]})",
             say(row["tokens"]["value"]),
         ]
+
+
+def test_the_python_of_the_page_on_ensembles_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import random
+
+    from tiny import tiny_policy_dir
+
+    page = ROOT / "docs" / "reward_ensembles.md"
+    (tmp_path / "models").mkdir()
+    tiny_policy_dir(tmp_path / "made").rename(tmp_path / "models" / "tiny")
+    rng = random.Random(0)
+    with (tmp_path / "prefs.jsonl").open("w") as file:
+        for i in range(8):
+            words = rng.sample(["sun", "rain", "wind", "snow", "fog", "ice"], 2)
+            row = {"prompt": f"weather {i}?", "chosen": words[0], "rejected": words[1]}
+            file.write(json.dumps(row) + "\n")
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, float] = {}
+    exec(compile("\n".join(blocks(page, "python")), page.name, "exec"), names)
+    assert names["std"] > 0
+    assert abs(names["moderated"] - 0.5) <= abs(names["plain"] - 0.5)
+    assert sorted(path.name for path in tmp_path.iterdir() if path.is_dir()) == [
+        "adapters", "average", "careful", "ensemble", "made", "models", "runs", "sure",
+    ]  # fmt: skip
+    for word in re.findall(r"`rm:careful(\?[^`]+)`", page.read_text("utf-8")):
+        from steerwell.judges import parse
+
+        assert parse(f"rm:careful{word}").name.startswith("rm:careful@")

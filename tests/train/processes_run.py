@@ -11,6 +11,7 @@ import torch
 from small_runs import LengthJudge, pair_groups, step_groups, tiny_policy
 
 from steerwell.models.adapters import Adapter, add_adapter
+from steerwell.models.reward_model import RewardModel
 from steerwell.train import rollouts, train
 
 SETTINGS: dict[str, Any] = {
@@ -52,8 +53,15 @@ def run(kind: str, out: Path, stop_at: int | None = None, progress: Any = None) 
         objective = "kto" if kind == "lora_bf16" else "dpo"
         if kind == "lora_bf16":
             settings["dtype"] = "bfloat16"
+    start: Any = policy
+    if (
+        kind == "odin"
+    ):  # a head that is large enough for its own loss to be seen, in each process's unequal share
+        start = RewardModel.from_policy(policy, head="quality_length", outputs=("quality", "length"))
+        start.model.score.weight.data *= 100
+        objective = [("odin_pairs", 1.0), ("orthogonal_heads", 30.0)]
     return train(
-        policy, data, objective, out=out, eval_data=data[:3], eval_every=2, batch_size=5,
+        start, data, objective, out=out, eval_data=data[:3], eval_every=2, batch_size=5,
         max_tokens=120, **settings,
     )  # fmt: skip
 

@@ -22,6 +22,7 @@ from steerwell.train import train
 from steerwell.train.ranks import ALONE, shares
 
 KINDS = ("dpo", "mixture", "kto", "aot", "bco", "bradley_terry", "process_reward", "grpo", "lora")
+OF_HEADS = ("odin",)  # its losses are in float32, and one reads the weights of the head, beside the layers
 ROUNDED = ("lora_bf16",)  # in bfloat16 the last digits depend on who is packed with whom
 TESTS = Path(__file__).parents[1]
 
@@ -66,13 +67,13 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     torch.set_num_threads(1)
     top = tmp_path_factory.mktemp("processes")
     made = {name: top / name for name in ("one", "two", "two_twice", "one_two", "two_one")}
-    for kind in KINDS + ROUNDED:
+    for kind in KINDS + OF_HEADS + ROUNDED:
         processes_run.run(kind, made["one"] / kind)
     with suppress(Stopped):
         processes_run.run("dpo", made["one_two"] / "dpo", 5)
     launch(
         processes_run.__file__,
-        *(str(made["two"] / kind) for kind in KINDS + ROUNDED),
+        *(str(made["two"] / kind) for kind in KINDS + OF_HEADS + ROUNDED),
         f"{made['two_twice']}/dpo:5",
         f"{made['two_twice']}/dpo",
         f"{made['two_one']}/dpo:5",
@@ -95,6 +96,15 @@ def test_two_processes_give_the_curve_of_one(folders: dict[str, Path], kind: str
     bound = 2e-6 if kind in processes_run.IN_FLOAT32 else 1e-12
     assert difference(folders["one"] / kind, folders["two"] / kind) < bound
     assert json.loads((folders["two"] / kind / "run.json").read_text())["processes"] == 2
+
+
+@pytest.mark.parametrize("kind", OF_HEADS)
+def test_a_loss_that_reads_weights_has_one_gradient(folders: dict[str, Path], kind: str) -> None:
+    """With each process's own gradient of the head figures were 3 % apart."""
+    one, two = (lines(folders[name] / kind) for name in ("one", "two"))
+    for mine, other in zip(one, two, strict=True):
+        assert mine == pytest.approx(other, rel=1e-5, abs=1e-5)
+    assert difference(folders["one"] / kind, folders["two"] / kind) < 2e-5
 
 
 @pytest.mark.parametrize("kind", ROUNDED)

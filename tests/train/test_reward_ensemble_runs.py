@@ -14,9 +14,13 @@ from small_runs import WORDS, largest_difference, lines, pair_groups, text_group
 from steerwell.cli.glossary import METRICS
 from steerwell.data.errors import InputError
 from steerwell.data.types import CompletionGroup, Pair
+from steerwell.judges import parse
+from steerwell.models.load import load_policy
 from steerwell.models.load_reward_model import load_reward_model
+from steerwell.models.reward_ensemble import reward_ensemble
 from steerwell.models.reward_model import RewardModel
-from steerwell.train import train
+from steerwell.train import rollouts, train
+from tiny import tiny_policy_dir
 
 SETTINGS: dict[str, Any] = {"learning_rate": 3e-3, "batch_size": 8, "steps": 3, "warmup": 0.0}
 
@@ -148,3 +152,38 @@ def test_odin_takes_length_out_of_quality(tmp_path: Path) -> None:
     assert last["accuracy"] > 0.75
     assert abs(last["corr/quality_length"]) < 0.3
     assert last["corr/length_length"] > 0.9
+
+
+def test_a_run_goes_on_from_an_adapter_and_an_ensemble_gives_the_reward(tmp_path: Path) -> None:
+    base = tiny_policy_dir(tmp_path, name="base")
+    data = pair_groups(4)
+    model = train(load_policy(base, lora=2), data, "bradley_terry", out=tmp_path / "first", **SETTINGS)
+    assert isinstance(model, RewardModel)
+    model.with_recipe(std=0.5).save_adapter(tmp_path / "adapter")
+    start = load_reward_model(tmp_path / "adapter")
+    further = train(str(tmp_path / "adapter"), data, "bradley_terry", out=tmp_path / "second", **SETTINGS)
+    assert isinstance(further, RewardModel)
+    moved = {
+        name
+        for (name, p), q in zip(start.model.named_parameters(), further.model.parameters(), strict=True)
+        if not torch.equal(p, q)
+    }
+    assert moved
+    assert all("lora_" in name or name.endswith("score.weight") for name in moved)
+    further.with_recipe(std=0.5).save_adapter(tmp_path / "further")
+    place = reward_ensemble([tmp_path / "adapter", tmp_path / "further"], "min").save(tmp_path / "both")
+    source = rollouts(["go"], parse(f"rm:{place}"), n=3, prompts_per_step=1, max_new_tokens=4)
+    train(tiny_policy(), source, "grpo", out=tmp_path / "rl", steps=1, learning_rate=1e-4)
+    told = lines(tmp_path / "rl")[-1]
+    assert told["reward/missing"] == 0.0
+    assert np.isfinite(told["reward"])
+
+
+def test_training_on_ends_a_posterior(tmp_path: Path) -> None:
+    data = pair_groups(6)
+    model = RewardModel.from_policy(tiny_policy()).with_uncertainty(data)
+    after = train(model, data, "bradley_terry", out=tmp_path / "run", **SETTINGS)
+    assert isinstance(after, RewardModel)
+    assert model.recipe.uncertainty
+    with pytest.raises(InputError, match="no spread"):
+        after.score_with_std(data)

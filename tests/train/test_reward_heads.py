@@ -205,3 +205,24 @@ def test_what_cannot_be_trained_is_said_before_any_work(tmp_path: Path) -> None:
     sw.train(tiny_policy(), data, "regression", out=tmp_path / "rm", **SETTINGS | {"steps": 1})
     other = refused(out, data, "quantile", start=str(tmp_path / "rm"))
     assert "this reward model has one output for each named attribute" in other
+
+
+def test_members_are_on_one_level_and_scale_when_they_are_saved(tmp_path: Path) -> None:
+    data = graded()
+    settings = SETTINGS | {"steps": 20}
+    model = sw.train(
+        tiny_policy(), data, "ensemble_bradley_terry", out=tmp_path / "run", members=3, normalise=True,
+        eval_data=[replace(g, pairs=tuple(p._replace(p=0.9) for p in g.pairs)) for g in data], calibrate=True,
+        **settings,
+    )  # fmt: skip
+    columns = zip(*(each.values() for own in model.outputs(data) for each in own), strict=True)
+    for column, level, scale in zip(
+        columns, model.recipe.levels or (), model.recipe.scales or (), strict=True
+    ):
+        assert statistics.fmean(column) == pytest.approx(level, abs=1e-4)
+        assert statistics.pstdev(column) == pytest.approx(scale, abs=1e-4)
+    flat = [s for own in model.score(data) for s in own]
+    assert statistics.fmean(flat) == pytest.approx(0, abs=1e-4)
+    assert statistics.pstdev(flat) == pytest.approx(1, abs=1e-4)
+    assert model.recipe.scales == pytest.approx(model.normalised(data).recipe.scales, rel=1e-4)
+    assert record(tmp_path / "run")["scoring"]["temperature"] == model.recipe.temperature

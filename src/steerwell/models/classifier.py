@@ -16,6 +16,9 @@ from steerwell.models.forward import adopt
 
 #: Size of a fresh head's outputs, where hidden states have numbers of size 1.
 NEAR_ZERO = 0.01
+#: The same in an ensemble: the usual start of a head (arXiv:2009.01325), which acts as each member's own prior
+#: (arXiv:1806.03335).
+MEMBERS_APART = 1.0
 
 
 def classifier_on(
@@ -52,6 +55,11 @@ def classifier_on(
     return model.eval()
 
 
+def size_at_start(head: str) -> float:
+    """Size of a fresh head's outputs by what they are: near zero, but for members, which must differ."""
+    return MEMBERS_APART if head == "members" else NEAR_ZERO
+
+
 def check_classifier(model: Any, path: str | Path | None) -> None:
     """Raise :class:`InputError` unless the model has a linear head with as many outputs as labels: one called
     ``score``, or that of an encoder (:func:`steerwell.models.encoder.output_layer`).
@@ -65,4 +73,4 @@ def check_classifier(model: Any, path: str | Path | None) -> None:
         )
 
 
-__all__ = ["NEAR_ZERO", "check_classifier", "classifier_on"]
+__all__ = ["NEAR_ZERO", "check_classifier", "classifier_on", "size_at_start"]

@@ -11,6 +11,7 @@ from transformers import AutoModelForSequenceClassification, PreTrainedTokenizer
 
 from steerwell.data.errors import InputError
 from steerwell.models.adapters import Adapter
+from steerwell.models.classifier import NEAR_ZERO
 from steerwell.models.directory import check_directory, model_place
 from steerwell.models.encoder import adopt_encoder, head_parts, output_layer
 from steerwell.models.load import (
@@ -31,12 +32,14 @@ def load_encoder(
     adapter: Adapter | None = None,
     *,
     outputs: int | None = None,
+    spread: float = NEAR_ZERO,
 ) -> tuple[Any, PreTrainedTokenizerBase]:
     """A sequence classifier on an encoder, and its tokenizer, checked, on their device, and ready for batches.
 
-    With ``outputs`` its output layer is a new one of so many rows: close to zero, always the same. What else the files
-    lack between the last hidden states and it (the dense layer of RoBERTa's head) is drawn as the architecture draws
-    it, always the same too; a backbone must be whole. Without ``outputs`` all weights must be there.
+    With ``outputs`` its output layer is a new one of so many rows: of standard deviation ``spread`` / sqrt(width),
+    always the same. What else the files lack between the last hidden states and it (the dense layer of RoBERTa's
+    head) is drawn as the architecture draws it, always the same too; a backbone must be whole. Without ``outputs``
+    all weights must be there.
 
     Raises :class:`InputError` for all that can be wrong with the directory, a tokenizer without pairs, ``qlora``, and
     an encoder whose numbers depend on the rows beside it.
@@ -64,7 +67,7 @@ def load_encoder(
     refuse_missing(model, missing, path)
     check_rows(model, tokenizer, path)
     if outputs is not None:
-        _renew(output_layer(model))
+        _renew(output_layer(model), spread)
         model.config.problem_type = None
     model.to(device).eval()
     adopt_encoder(model, frame.segments)
@@ -72,9 +75,9 @@ def load_encoder(
 
 
 @torch.no_grad()
-def _renew(layer: nn.Linear) -> None:
+def _renew(layer: nn.Linear, spread: float) -> None:
     noise = torch.randn(layer.weight.shape, generator=torch.Generator().manual_seed(0))
-    layer.weight.copy_(noise * 0.01 / layer.in_features**0.5)
+    layer.weight.copy_(noise * spread / layer.in_features**0.5)
     if layer.bias is not None:
         layer.bias.zero_()
 

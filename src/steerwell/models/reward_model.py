@@ -9,7 +9,6 @@ from __future__ import annotations
 import copy
 import hashlib
 import math
-import statistics
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -33,7 +32,7 @@ from steerwell.models.adapters import (
     without_adapter,
 )
 from steerwell.models.bayesian_head import UNCERTAINTY_FILE, Posterior, read_posterior, with_posterior
-from steerwell.models.classifier import NEAR_ZERO, classifier_on
+from steerwell.models.classifier import classifier_on, size_at_start
 from steerwell.models.directory import (
     model_place,
     put_in_place,
@@ -60,13 +59,10 @@ from steerwell.models.scoring import (
     ScoringRecipe,
     combined,
     made_for,
+    on_scale,
 )
 from steerwell.models.step_scores import aggregate, step_logits
 from steerwell.models.uncertainty import margins_with_std, moderation, score_with_std
-
-#: Size of a fresh head's outputs in an ensemble: the usual start of a reward head (arXiv:2009.01325), large enough to
-#: act as each member's own prior (arXiv:1806.03335).
-MEMBERS_APART = 1.0
 
 
 @dataclass(eq=False)
@@ -93,7 +89,7 @@ class RewardModel:
         outputs: tuple[str, ...] = ("score",),
     ) -> RewardModel:
         """A reward model on a copy of the policy's backbone; its new head is close to zero, always the same. Members of
-        an ensemble start apart, of size 1 (:data:`MEMBERS_APART`): what the data do not settle keeps them so.
+        an ensemble start apart, of size 1: what the data do not settle keeps them so.
 
         ``head`` says what the outputs are (:data:`steerwell.models.scoring.HEADS`), ``outputs`` names them.
 
@@ -107,8 +103,7 @@ class RewardModel:
         source = without_adapter(policy.model) if fresh else merged(policy.model)
         if source is policy.model:
             source = copy.deepcopy(source)
-        spread = MEMBERS_APART if head == "members" else NEAR_ZERO
-        pad = _pad_id(policy.tokenizer)
+        pad, spread = _pad_id(policy.tokenizer), size_at_start(head)
         model = classifier_on(source, pad, policy.path or None, len(outputs), spread=spread)
         whole: Any = model if adapter is None else add_adapter(model, adapter)
         recipe = made_for(policy.tokenizer, ScoringRecipe(pooling, head=head, outputs=outputs))
@@ -146,7 +141,9 @@ class RewardModel:
         recipe = ScoringRecipe(pooling, head=head, outputs=outputs, template="pair", max_length=max_length)
         if encoder_config(model_place(path)) is None:
             raise InputError("this is no encoder", file=path, mend="Use from_policy with a language model.")
-        model, tokenizer = load_encoder(path, device, dtype, asked, outputs=len(outputs))
+        model, tokenizer = load_encoder(
+            path, device, dtype, asked, outputs=len(outputs), spread=size_at_start(head)
+        )
         train_what_is_read(model, pooling)
         whole: Any = model if asked is None else add_adapter(model, asked)
         return cls(whole, tokenizer, recipe, name or f"{name_of(path)}-reward", str(path))
@@ -317,19 +314,13 @@ class RewardModel:
         Raises :class:`InputError` where there are fewer than two different scores.
         """
         groups = list(groups)
-        plain = replace(self, recipe=replace(self.recipe, mean=0.0, std=1.0))
-        raw_temperature = (
-            self.recipe.temperature * self.recipe.std * statistics.fmean(self.recipe.scales or [1])
-        )
-        if self.recipe.head == "members":
-            plain = plain.with_recipe(levels=None, scales=None)
-            rows = [[*each.values()] for own in plain.outputs(groups) for each in own]
-            columns = [_scale([row[i] for row in rows]) for i in range(len(self.recipe.outputs))]
-            levels, scales = zip(*columns, strict=True)
-            plain = plain.with_recipe(levels=levels, scales=scales)
-        mean, std = _scale([score for scores in plain.score(groups) for score in scores])
-        temperature = raw_temperature / (std * statistics.fmean(plain.recipe.scales or [1]))
-        return plain.with_recipe(mean=mean, std=std, temperature=temperature)
+
+        def scores(recipe: ScoringRecipe) -> list[float]:
+            return [score for own in replace(self, recipe=recipe).score(groups) for score in own]
+
+        members = self.recipe.head == "members"
+        rows = [[*each.values()] for own in self.outputs(groups) for each in own] if members else []
+        return replace(self, recipe=on_scale(self.recipe, rows, scores))
 
     def with_recipe(self, **changes: Any) -> RewardModel:
         """This model with another recipe; the network is shared."""
@@ -386,16 +377,6 @@ class RewardModel:
     def copy(self) -> RewardModel:
         """An independent copy with equal weights, on the same device."""
         return replace(self, model=copy.deepcopy(self.model))
-
-
-def _scale(raw: list[float]) -> tuple[float, float]:
-    """Mean and standard deviation."""
-    if len(set(raw)) < 2:
-        raise InputError(
-            f"{len(raw)} completions with {len(set(raw))} different scores have no scale",
-            mend="Give a reference set of some hundred completions.",
-        )
-    return statistics.fmean(raw), statistics.pstdev(raw)
 
 
 def _pad_id(tokenizer: PreTrainedTokenizerBase) -> int:

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+import statistics
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -188,6 +189,37 @@ def by_members(each: Tensor, combine: str, penalty: float) -> Tensor:
     return each.mean(1)
 
 
+def on_scale(
+    recipe: ScoringRecipe, rows: Sequence[Sequence[float]], scores: Callable[[ScoringRecipe], list[float]]
+) -> ScoringRecipe:
+    """The recipe with which the scores of a reference set have mean 0 and standard deviation 1, and by which
+    probabilities are as before.
+
+    ``rows`` are the raw outputs of its completions (needed of members alone, which are brought to one level and scale
+    first); ``scores`` gives its scores by a recipe. Raises :class:`InputError` for fewer than two different ones.
+    """
+    raw_temperature = recipe.temperature * recipe.std * statistics.fmean(recipe.scales or [1])
+    plain = replace(recipe, mean=0.0, std=1.0)
+    if recipe.head == "members":
+        columns = [_scale(column) for column in zip(*rows, strict=True)]
+        plain = replace(
+            plain, levels=tuple(mean for mean, _ in columns), scales=tuple(std for _, std in columns)
+        )
+    mean, std = _scale(scores(plain))
+    temperature = raw_temperature / (std * statistics.fmean(plain.scales or [1]))
+    return replace(plain, mean=mean, std=std, temperature=temperature)
+
+
+def _scale(raw: Sequence[float]) -> tuple[float, float]:
+    """Mean and standard deviation."""
+    if len(set(raw)) < 2:
+        raise InputError(
+            f"{len(raw)} completions with {len(set(raw))} different scores have no scale",
+            mend="Give a reference set of some hundred completions.",
+        )
+    return statistics.fmean(raw), statistics.pstdev(raw)
+
+
 def made_for(tokenizer: Any, recipe: ScoringRecipe) -> ScoringRecipe:
     """The recipe with ``template_digest`` and ``stop`` of this tokenizer."""
     template = getattr(tokenizer, "chat_template", None)
@@ -239,5 +271,6 @@ __all__ = [
     "combined",
     "made_for",
     "member_scores",
+    "on_scale",
     "read_recipe",
 ]

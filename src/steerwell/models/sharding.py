@@ -21,7 +21,7 @@ from torch.distributed.fsdp import (
     fully_shard,
     register_fsdp_forward_method,
 )
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor, Partial, distribute_tensor
 
 from steerwell.data.errors import InputError
 from steerwell.models.encoder import output_weights
@@ -166,6 +166,16 @@ def whole(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
+def whole_to_train(parameter: Tensor) -> Tensor:
+    """As :func:`whole`, for a parameter that a loss reads itself, outside of a layer: its gradient comes together as
+    those of layers do, as a mean over processes. (By itself each process would keep its own.)
+    """
+    if not isinstance(parameter, DTensor):
+        return parameter
+    full = parameter.full_tensor(grad_placements=[Partial()])
+    return full.detach() + (full - full.detach()) / parameter.device_mesh.size()
+
+
 def own_part(tensor: Tensor) -> Tensor:
     """The part of a tensor that this process holds."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
@@ -190,4 +200,5 @@ __all__ = [
     "skeleton",
     "spread_like",
     "whole",
+    "whole_to_train",
 ]

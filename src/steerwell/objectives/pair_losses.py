@@ -41,6 +41,18 @@ def expected_either(loss: Callable[[Tensor, Tensor], Tensor], sides: Tensor, pro
     return probs * loss(sides[0], sides[1]) + (1 - probs) * loss(sides[1], sides[0])
 
 
+def ranking_losses(values: Tensor, ranks: Tensor, group: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """-log of the Plackett-Luce choice of each completion before all that rank below it, (N,); and which completions
+    are ranked together and which rank below which, (N, N) each, row k for completion k. Rank -1 is none.
+    """
+    ranked = ranks >= 0
+    together = (group[:, None] == group[None, :]) & ranked[:, None] & ranked[None, :]
+    below = together & (ranks[None, :] > ranks[:, None])
+    own = torch.eye(len(ranks), dtype=torch.bool, device=ranks.device)
+    field = values[None, :].masked_fill(~(below | own), -torch.inf)
+    return torch.logsumexp(field, dim=1) - values, together, below
+
+
 def expm1_then_line(x: Tensor) -> Tensor:
     """exp(x) - 1, exact for small x; beyond :data:`LIMIT` its tangent there: finite, increasing, never flat."""
     inner = x.clamp(max=LIMIT)
@@ -68,4 +80,5 @@ __all__ = [
     "expm1_then_line",
     "logistic",
     "pair_metrics",
+    "ranking_losses",
 ]

@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from steerwell.objectives.pair_losses import logistic
+from steerwell.objectives.pair_losses import logistic, ranking_losses
 from steerwell.objectives.table import Metrics, in_range, objective
 
 
@@ -46,12 +46,8 @@ def plackett_luce(
     """
     in_range("beta", beta, above=0)
     rewards = beta * (logps - ref_logps)
-    ranked = ranks >= 0
-    together = (group[:, None] == group[None, :]) & ranked[:, None] & ranked[None, :]
-    below = together & (ranks[None, :] > ranks[:, None])  # row k: who ranks below k
-    own = torch.eye(len(ranks), dtype=torch.bool, device=ranks.device)
-    field = rewards[None, :].masked_fill(~(below | own), -torch.inf)
-    return torch.logsumexp(field, dim=1) - rewards, _order_metrics(rewards, logps, together, below)
+    losses, together, below = ranking_losses(rewards, ranks, group)
+    return losses, _order_metrics(rewards, logps, together, below)
 
 
 def _order_metrics(rewards: Tensor, logps: Tensor, together: Tensor, below: Tensor) -> Metrics:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from steerwell.objectives.pair_losses import logistic
+from steerwell.objectives.pair_losses import logistic, ranking_losses
 from steerwell.objectives.table import Metrics, ObjectiveError, in_range, objective
 
 
@@ -208,11 +208,7 @@ def plackett_luce_reward(scores: Tensor, ranks: Tensor, group: Tensor) -> tuple[
         Early places have more terms: the order at the bottom of long rankings hardly counts.
         One annotator's slip at the top moves the whole ranking.
     """
-    ranked = ranks >= 0
-    together = (group[:, None] == group[None, :]) & ranked[:, None] & ranked[None, :]
-    below = together & (ranks[None, :] > ranks[:, None])
-    own = torch.eye(len(ranks), dtype=torch.bool, device=ranks.device)
-    losses = torch.logsumexp(scores[None, :].masked_fill(~(below | own), -torch.inf), dim=1) - scores
+    losses, _, below = ranking_losses(scores, ranks, group)
     above, under = torch.nonzero(below, as_tuple=True)
     return losses, score_metrics(scores[above], scores[under])
 

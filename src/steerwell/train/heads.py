@@ -25,7 +25,7 @@ class AskedHead(NamedTuple):
 def asked_head(terms: Sequence[Term], groups: Sequence[CompletionGroup]) -> AskedHead:
     """The head that the terms of a reward objective learn.
 
-    Raises :class:`InputError` for a mixture of terms that learn different heads, and for an ensemble of fewer than 2.
+    Raises :class:`InputError` for a mixture of terms that learn different heads.
     """
     kinds = {term.function.head: term for term in terms if term.function.head != "score"}
     if len(kinds) > 1:

@@ -22,7 +22,7 @@ from steerwell.models.forward import head_outputs, per_token_logps, sum_by_owner
 from steerwell.models.render import Sequence as TokenSequence
 from steerwell.models.render import TokenizedGroup
 from steerwell.models.scoring import ScoringRecipe, combined
-from steerwell.models.sharding import inside, whole
+from steerwell.models.sharding import inside, whole_to_train
 from steerwell.models.step_scores import step_scores
 from steerwell.train.item_file import keep_reference
 from steerwell.train.items import Item, gather, scored_tokens
@@ -113,7 +113,7 @@ class Provider:
         out = {"head_scores": found, "scores": combined(found, self.scoring, gate)}
         if "head_weights" in self.names:
             layer = score_layer(unwrap(self.model))
-            out["head_weights"] = inside(self.model, lambda: whole(layer.weight).float().clone())
+            out["head_weights"] = inside(self.model, lambda: whole_to_train(layer.weight).float().clone())
         return out
 
     def logps(self, items: Sequence[Item]) -> tuple[Tensor, Tensor]:

@@ -6,16 +6,19 @@ Both go into the model's scoring recipe; the weights do not change, and neither 
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from steerwell.data.calibration import fit_temperature
+from steerwell.data.errors import InputError
+from steerwell.models.forward import head_outputs
 from steerwell.models.load import evaluating
 from steerwell.models.reward_model import RewardModel
+from steerwell.models.scoring import ScoringRecipe, combined, on_scale
 from steerwell.train.config import TrainConfig
 from steerwell.train.items import Item
 from steerwell.train.provide import Provider
@@ -41,44 +44,52 @@ def settle(
     recipe = model.recipe
     if config.normalise:
         few = min(REFERENCE_GROUPS, len(items))
-        chosen = [items[i * len(items) // few] for i in range(few)]
-        raw = [score for scores in _scores(model, provider, chosen) for score in scores]
-        std = statistics.pstdev(raw)
-        about |= {"reference_completions": len(raw), "raw_mean": statistics.fmean(raw), "raw_std": std}
-        if std > 0:
-            recipe = replace(
-                recipe,
-                mean=about["raw_mean"],
-                std=std,
-                temperature=recipe.temperature * recipe.std / std,
-            )
+        found = _outputs(model, provider, [items[i * len(items) // few] for i in range(few)])
+        about["reference_completions"] = sum(len(own) for own, _ in found)
+        try:
+            rows = [row for own, _ in found for row in own.tolist()]
+            recipe = on_scale(recipe, rows, lambda asked: [x for own in _scores(asked, found) for x in own])
+        except InputError as error:
+            about["not_normalised"] = error.what
     if config.calibrate:
         margins, outcomes = [], []
-        for item, scores in zip(held_out, _scores(model, provider, held_out), strict=True):
-            margins += [(scores[c] - scores[r]) / recipe.std for c, r in item.pairs]
+        for item, scores in zip(held_out, _scores(recipe, _outputs(model, provider, held_out)), strict=True):
+            margins += [scores[c] - scores[r] for c, r in item.pairs]
             outcomes += item.pair_probs
-        found = fit_temperature([m / recipe.temperature for m in margins], outcomes)
-        about["calibration"] = found.to_dict()
-        if found.value is not None:
-            recipe = replace(recipe, temperature=recipe.temperature * found.value)
+        fitted = fit_temperature(margins, outcomes)
+        about["calibration"] = fitted.to_dict()
+        if fitted.value is not None:
+            recipe = replace(recipe, temperature=fitted.value)
     model.recipe = recipe
     return about | {"mean": recipe.mean, "std": recipe.std, "temperature": recipe.temperature}
 
 
+Outputs = list[tuple[Tensor, Tensor | None]]
+
+
+def _scores(recipe: ScoringRecipe, outputs: Outputs) -> list[list[float]]:
+    """Scores by a recipe, one list per item."""
+    return [((combined(own, recipe, gate) - recipe.mean) / recipe.std).tolist() for own, gate in outputs]
+
+
 @torch.no_grad()
-def _scores(model: RewardModel, provider: Provider, items: Sequence[Item]) -> list[list[float]]:
-    """Raw scores of the completions of each item; the same on every process."""
-    items = list(items)
+def _outputs(model: RewardModel, provider: Provider, items: Sequence[Item]) -> Outputs:
+    """Of each item the outputs (K, H) of its completions, and the gate's logits if there are any, in float64; the same
+    on every process.
+    """
+    items, recipe = list(items), model.recipe
     place = {id(item): i for i, item in enumerate(items)}
-    found: dict[int, list[float]] = {}
+    found: dict[int, tuple[Tensor, Tensor | None]] = {}
     with evaluating(model.model):
         for part in provider.micro_batches(items):
             batch = provider.batch(part.items)
-            values = iter(provider.head_tensors(batch)["scores"].tolist())
+            both = head_outputs(model.model, batch, recipe.pooling, gated=recipe.gate)
+            sizes = [len(item.lengths) for item in part.items]
+            cut = [(None,) * len(sizes) if x is None else x.double().cpu().split(sizes) for x in both]
             if part.live:
-                for item in part.items:
-                    found[place[id(item)]] = [next(values) for _ in item.lengths]
-    everyone: dict[int, list[float]] = {}
+                for item, own, gate in zip(part.items, *cut, strict=True):
+                    found[place[id(item)]] = own, gate
+    everyone: dict[int, tuple[Tensor, Tensor | None]] = {}
     for own in provider.ranks.gather(found):
         everyone |= own
     return [everyone[i] for i in range(len(items))]
