@@ -27,6 +27,7 @@ def regression(head_scores: Tensor, attributes: Tensor) -> tuple[Tensor, Metrics
         People scored single completions, by one or several criteria (helpfulness, correctness, verbosity).
         A gate is then learnt by bradley_terry on pairs, from the model that this gives.
     Failure modes:
+        The head has no bias: centre the scores, or many steps are spent on their level.
         Scales matter: an attribute from 0 to 100 drowns one from 0 to 1. Bring them to one scale.
         Scores of annotators with different habits are averaged into noise; resolve them first.
         The plain mean of the outputs is the score until a gate or weights are given.
