@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +59,36 @@ def test_it_warns_where_the_chosen_fell_and_anchors_mend_it(tmp_path: Path) -> N
     for anchored in ("mixture", "dpop"):
         assert found[anchored]["warning"] is None
         assert found[anchored]["chosen"] > -0.5
+
+
+@pytest.mark.parametrize("objective", ["kto", "plackett_luce"])
+def test_labels_and_rankings_are_measured_too(tmp_path: Path, objective: str) -> None:
+    """The desirable completions, and the best of each ranking: those at place 0."""
+    data = [replace(g, labels=(True, False), ranks=(0, 1), pairs=()) for g in pair_groups(6, k=2)]
+    start = tiny_policy()
+    made = train(start, data, objective, out=tmp_path / "run", **SETTINGS)
+    shifts = [b[0] - a[0] for a, b in zip(start.logps(data), made.logps(data), strict=True)]
+    first, last = lines(tmp_path / "run")[0], lines(tmp_path / "run")[-1]
+    assert abs(first["displacement/chosen"]) < 1e-3
+    assert abs(sum(shifts)) > 0.1
+    assert last["displacement/chosen"] == pytest.approx(
+        sum(shifts) / 6, rel=0.5
+    )  # measured before the last update
+
+
+def test_what_fell_is_named_by_what_tells_the_chosen() -> None:
+    line = {
+        "step": 1,
+        "displacement/chosen": -9.0,
+        "displacement/chosen_per_token": -0.5,
+        "displacement/fell": 0.75,
+    }
+    said = {by: conclusion([line], 1, by)["warning"] for by in ("pairs", "labels", "ranks")}
+    assert "the chosen completions of 75% of the pairs" in said["pairs"]
+    assert "75% of the desirable completions" in said["labels"]
+    assert "the best completions of 75% of the rankings" in said["ranks"]
+    assert all("sft term" in warning for warning in said.values())
+    assert "dpop" not in said["labels"]  # it takes pairs
 
 
 @pytest.mark.parametrize("objective", ["sft", "bradley_terry"])

@@ -27,12 +27,13 @@ METRICS: dict[str, str] = {
     ),
     "logps/rejected": "Log-probability of rejected completions (nats, summed over tokens), mean.",
     "displacement/chosen": (
-        "Log-probability of the chosen completions now less that at the start of the run (nats, summed over "
-        "tokens), mean. Below 0 the policy is losing them (likelihood displacement)."
+        "Log-probability of the chosen completions (of pairs; else the desirable ones, or the best of rankings) "
+        "now less that at the start of the run (nats, summed over tokens), mean. Below 0 the policy is losing "
+        "them (likelihood displacement)."
     ),
     "displacement/chosen_per_token": "displacement/chosen, per token of the completion.",
     "displacement/fell": (
-        "Share of the pairs whose chosen completion is less likely than at the start of the run. dpop, cal_dpo "
+        "Share of the chosen completions that are less likely than at the start of the run. dpop, cal_dpo "
         "or an added sft term hold them."
     ),
     "accuracy": (

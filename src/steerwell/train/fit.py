@@ -178,7 +178,11 @@ def _finish(run: Run, last: int, metrics: MetricsFile, timing: Timing) -> None:
     with _writing("the model"):
         metrics.sync()
         _save_model(run)
-        about["displacement"] = found = conclusion(read_metrics(run.folder.metrics), last)
+        about["displacement"] = found = conclusion(
+            read_metrics(run.folder.metrics),
+            last,
+            "pairs" if run.displacement is None else run.displacement.by,
+        )
         if found.get("warning") and run.progress is not None:
             run.progress("train", run.steps, run.steps, found["warning"])
         run.folder.write(status="done", **about)
