@@ -87,7 +87,7 @@ class Provider:
         if self.scoring is not None:
             if "step_scores" in self.names:
                 out["step_scores"], _ = step_scores(self.model, batch, targets["steps"])
-            if not {"step_scores"} >= self.names & {"step_scores", "scores", "head_scores"}:
+            if "step_scores" not in self.names or self.names & {"scores", "head_scores", "head_weights"}:
                 out |= self.head_tensors(batch)
             return out
         logps = (
