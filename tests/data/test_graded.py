@@ -57,6 +57,13 @@ def test_strengths_follow_the_order_shown() -> None:
     assert (found.pairs, found.pair_strengths) == (((1, 0, 1.0),), (2.0,))
 
 
+def test_another_rule_for_pairs_takes_no_strengths_over() -> None:
+    (graded,) = sw.resolve.strengths([group(prefers(0, 2.0, "x"))])
+    for rule in (sw.resolve.majority, sw.resolve.soft):
+        (found,) = rule([graded])
+        assert (found.pairs, found.pair_strengths) == (((0, 1, 1.0),), None)
+
+
 def test_strengths_without_ties_and_without_verdicts() -> None:
     assert sw.resolve.strengths([group(prefers("tie", None, "x"))], ties="drop") == []
     resolved = sw.resolve.strengths([group(prefers(None, None, "x"), prefers("both_bad", None, "y"))])

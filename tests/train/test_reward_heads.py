@@ -196,6 +196,8 @@ def test_what_cannot_be_trained_is_said_before_any_work(tmp_path: Path) -> None:
     assert "bradley_terry needs pair_strengths" in refused(out, bare, "bradley_terry", margin=1.0)
     assert "regression needs attributes" in refused(out, bare, "regression")
     mixed = [data[0], replace(data[1], attributes={"other": (1.0, 2.0)})]
+    short = [replace(data[0], pair_strengths=(1.0, 2.0)), *data[1:]]
+    assert "2 pair_strengths for 1 pairs" in refused(out, short, "ordinal")
     assert "the same attributes everywhere" in refused(out, mixed, "regression")
     both = refused(out, data, [("regression", 1.0), ("quantile", 1.0)])
     assert "learn different heads" in both

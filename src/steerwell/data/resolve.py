@@ -209,7 +209,7 @@ def strengths(
             if lean != 0 or ties == "half":
                 edges.append(Pair(i, j, 0.5) if lean == 0 else Pair(i, j) if lean > 0 else Pair(j, i))
                 sizes.append(0.0 if mean is None and not (for_i or for_j) else size)
-        _keep(result, replace(group, pair_strengths=tuple(sizes)), edges, report)
+        _keep(result, group, edges, report, sizes)
     return Resolved(result, report)
 
 
@@ -379,12 +379,18 @@ def _enough(for_i: int, for_j: int, tied: int, min_votes: int, report: ResolveRe
 
 
 def _keep(
-    result: list[CompletionGroup], group: CompletionGroup, edges: list[Pair], report: ResolveReport
+    result: list[CompletionGroup],
+    group: CompletionGroup,
+    edges: list[Pair],
+    report: ResolveReport,
+    strengths: list[float | None] | None = None,
 ) -> None:
+    """The group with these pairs, if there are any; strengths of pairs that it had before are not theirs."""
     if edges:
         report.pairs += len(edges)
         report.resolved += 1
-        result.append(replace(group, pairs=tuple(edges)))
+        own = None if strengths is None else tuple(strengths)
+        result.append(replace(group, pairs=tuple(edges), pair_strengths=own))
 
 
 __all__ = [

@@ -258,14 +258,20 @@ def prune(group: CompletionGroup, terms: Sequence[Term]) -> CompletionGroup | No
     """
     names = needed(terms)
     wanted: set[int] = set()
-    pairs = group.pairs if "pairs" in names else ()
-    strength = dict(zip(group.pairs, group.pair_strengths or (None,) * len(group.pairs), strict=True))
+    strengths = group.pair_strengths or (None,) * len(group.pairs)
+    if len(strengths) != len(group.pairs):
+        raise InputError(
+            f"prompt {group.prompt_id} has {len(strengths)} pair_strengths for {len(group.pairs)} pairs",
+            mend="Give one for each pair, or None where nobody said.",
+        )
+    graded = list(zip(group.pairs, strengths, strict=True))
+    edges = graded if "pairs" in names else []
     for name in {name for term in terms for name in targets_of(term)} & TARGETS.keys():
         if (of := TARGETS[name].known) is not None:
             known = of(group)
-            pairs = tuple(pair for pair in pairs if known[pair.chosen] and known[pair.rejected])
+            edges = [(p, s) for p, s in edges if known[p.chosen] and known[p.rejected]]
             wanted |= {i for i, there in enumerate(known) if there and "pairs" not in names}
-    wanted |= {i for pair in pairs for i in (pair.chosen, pair.rejected)}
+    wanted |= {i for pair, _ in edges for i in (pair.chosen, pair.rejected)}
     if "labels" in names and group.labels is not None:
         wanted |= {i for i, label in enumerate(group.labels) if label is not None}
     if names & {"rewards", "advantages"} and group.scores is not None:
@@ -274,7 +280,7 @@ def prune(group: CompletionGroup, terms: Sequence[Term]) -> CompletionGroup | No
         wanted |= {i for i, good in enumerate(demonstrations(group)) if good}
     if not wanted:
         return None
-    if len(wanted) == len(group.completions) and (len(pairs) == len(group.pairs) or "pairs" not in names):
+    if len(wanted) == len(group.completions) and (len(edges) == len(graded) or "pairs" not in names):
         return group
     keep = sorted(wanted)
     place = {old: new for new, old in enumerate(keep)}
@@ -282,14 +288,16 @@ def prune(group: CompletionGroup, terms: Sequence[Term]) -> CompletionGroup | No
     def kept(values: tuple[Any, ...] | None) -> tuple[Any, ...] | None:
         return None if values is None else tuple(values[i] for i in keep)
 
-    kept_pairs = [
-        p for p in (pairs if "pairs" in names else group.pairs) if p.chosen in place and p.rejected in place
+    edges = [
+        (p, s)
+        for p, s in (edges if "pairs" in names else graded)
+        if p.chosen in place and p.rejected in place
     ]
     return replace(
         group,
         completions=tuple(group.completions[i] for i in keep),
-        pairs=tuple(p._replace(chosen=place[p.chosen], rejected=place[p.rejected]) for p in kept_pairs),
-        pair_strengths=None if group.pair_strengths is None else tuple(strength[p] for p in kept_pairs),
+        pairs=tuple(p._replace(chosen=place[p.chosen], rejected=place[p.rejected]) for p, _ in edges),
+        pair_strengths=None if group.pair_strengths is None else tuple(s for _, s in edges),
         attributes=None
         if group.attributes is None
         else {name: tuple(column[i] for i in keep) for name, column in group.attributes.items()},
